@@ -1,0 +1,116 @@
+"""The errors of the Erlang node, one tree.
+
+A remote's mistake (`RemoteProtocolError`) and our own (`LocalProtocolError`) are two types, because they are handled by
+two kinds of people: the first ends a connection and is logged with the peer's name, the second is a bug in the calling
+code and is raised to it. What a remote call can end in stands below `CallError`; its classes are Erlang's own
+(`error`, `exit`, `throw`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ErlError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ProtocolError(ErlError):
+    """Bytes or terms that break a protocol."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The other side sent something the protocol does not allow, or that crosses one of our named limits."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side tried to send something the protocol does not allow."""
+
+
+class DecodeError(RemoteProtocolError):
+    """Bytes that are not a term of the external term format."""
+
+
+class LimitExceeded(RemoteProtocolError):
+    """A named limit was crossed: `limit` is its name, `allowed` its value, `got` what came."""
+
+    def __init__(self, limit: str, allowed: int, got: int | None = None) -> None:
+        self.limit = limit
+        self.allowed = allowed
+        self.got = got
+        seen = "" if got is None else f", got {got}"
+        super().__init__(f"{limit} allows {allowed}{seen}")
+
+
+class EncodeError(LocalProtocolError):
+    """A Python value that has no Erlang term."""
+
+
+class HandshakeError(RemoteProtocolError):
+    """The distribution handshake failed; the message says at which step and why."""
+
+
+class AuthenticationError(HandshakeError):
+    """The two nodes do not share a cookie."""
+
+
+class NodeError(ErlError):
+    """This node cannot do what was asked of it (taken name, no EPMD, not started)."""
+
+
+class NotConnected(NodeError):
+    """No connection to that node exists, and none could be made."""
+
+
+class CallError(ErlError):
+    """A call to another process or node did not return normally.
+
+    `reason` is the Erlang term, in the shape OTP gives it: `noproc`, `{nodedown, Node}`, `timeout`, ...
+    """
+
+    def __init__(self, reason: Any, message: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(message if message is not None else f"call failed: {reason!r}")
+
+
+class CallTimeout(CallError):
+    """No answer came before the deadline. The request may have been carried out."""
+
+
+class NoProcess(CallError):
+    """The process called does not exist (`noproc`). The request was not carried out."""
+
+
+class ConnectionLost(CallError):
+    """The connection broke before the answer came (`noconnection`). The request may have been carried out."""
+
+
+class ProcessDied(CallError):
+    """The process called exited before it answered; `reason` is its exit reason."""
+
+
+class ErlangException(CallError):
+    """An exception in Erlang's three classes, raised by the function called remotely or to be shown to a remote caller.
+
+    Functions exported to Erlang raise one of the subclasses to choose what the caller sees.
+    """
+
+    kind: str = "error"
+
+
+class ErlangError(ErlangException):
+    """Class `error`: `erlang:error(Reason)`."""
+
+    kind = "error"
+
+
+class ErlangExit(ErlangException):
+    """Class `exit`: `erlang:exit(Reason)`."""
+
+    kind = "exit"
+
+
+class ErlangThrow(ErlangException):
+    """Class `throw`: `erlang:throw(Term)`."""
+
+    kind = "throw"
