@@ -1,0 +1,1 @@
+"""Tests of gater against real `erl` and `elixir` nodes."""
