@@ -447,10 +447,13 @@ class BeamNode:
                 if answer is not None and not answer.done():
                     answer.set_result((status, frame[_REPLY_HEADER.size :]))
         except (asyncio.IncompleteReadError, ConnectionError):
-            waiting, self._waiting = self._waiting, {}
-            for answer in waiting.values():
-                if not answer.done():
-                    answer.set_exception(BeamFailure(f"{self.name} ended; {self._described_output()}"))
+            self._fail_waiting()
+
+    def _fail_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
+            if not answer.done():
+                answer.set_exception(BeamFailure(f"{self.name} ended; {self._described_output()}"))
 
     async def _forget(self) -> None:
         reading, self._reading = self._reading, None
@@ -461,7 +464,7 @@ class BeamNode:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        self._waiting.clear()
+        self._fail_waiting()
 
     def _described_output(self) -> str:
         output = self.output()[-LOG_TAIL_CHARACTERS:].strip()
