@@ -1,8 +1,8 @@
 """Every error of the gateway, one tree under `GaterError`.
 
-`GaterError` is itself an `ErlError`, so that one `except ErlError` holds the node's errors and the gateway's. Each class
-carries the facts as attributes and says in its message what was expected, what came, and what to do. The Erlang terms
-these become for BEAM callers are listed with the wire shapes in `gater.api.schema`.
+`GaterError` is an `ErlError`, so that one `except ErlError` holds the node's errors and the gateway's. Each class has
+the facts as attributes and says in its message what was expected, what came, and what to do. The Erlang terms these
+become for BEAM callers stand with the wire shapes in `gater.api.schema`.
 """
 
 from __future__ import annotations
