@@ -1,0 +1,68 @@
+# gater: `make run` starts a gateway with an embedded store, `make test` runs every test. Both set themselves up.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Flags of `gater start`; see docs/configuration.md. Loopback only, a cookie known to all: for development.
+RUN := --name gater@127.0.0.1 --cookie gater --embedded gater-data --no-gossip
+# More flags, added to the above: make run ARGS="--log-level debug"
+ARGS :=
+# One worker for each of the two cores the tests are made for; a file's tests stay together and share its nodes.
+PYTEST := -n 2 --dist loadfile
+
+.PHONY: help setup run test bench lint format lock beam clean
+
+help:
+	@echo "make setup   make $(VENV), so that $(BIN)/gater runs"
+	@echo "make run     set up and start a gateway with an embedded store: gater start $(RUN)"
+	@echo "make test    set up (also erlang and elixir) and run every test; TESTS=... for some"
+	@echo "make bench   measure, side by side with others"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make format  let ruff put the sources in shape"
+	@echo "make lock    pin the dependencies anew (needs uv)"
+	@echo "make clean   remove $(VENV) and caches; the stores of gater-data stay"
+
+setup: $(VENV)/.stamp-run
+
+run: $(VENV)/.stamp-run
+	exec $(BIN)/gater start $(RUN) $(ARGS)
+
+TESTS := tests erlang_interop_tests
+test: $(VENV)/.stamp-test beam
+	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
+
+bench: $(VENV)/.stamp-bench beam
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict gater
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.stamp-test
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+beam:
+	@.ci/setup beam
+
+$(VENV)/.stamp-run: pyproject.toml requirements.lock .ci/setup
+	.ci/setup venv
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml requirements-test.lock .ci/setup
+	.ci/setup test
+	@touch $@ $(VENV)/.stamp-run
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test requirements-bench.lock
+	.ci/setup bench
+	@touch $@
+
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+lock:
+	echo "setuptools>=77" | $(COMPILE) --only-binary :all: pyproject.toml - -o requirements.lock
+	echo "setuptools>=77" | $(COMPILE) --only-binary :all: --extra test --extra lint pyproject.toml - -o requirements-test.lock
+	$(COMPILE) --no-deps --extra bench -c requirements.lock pyproject.toml -o requirements-bench.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
