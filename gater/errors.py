@@ -30,6 +30,15 @@ class SettingsError(StartupError):
         super().__init__(f"setting {setting} ({source}): {problem}")
 
 
+class StoreError(StartupError):
+    """The embedded store cannot be opened: `path` is its directory or file."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"embedded store {path}: {problem}")
+
+
 class InvalidRequest(GaterError):
     """The request was refused before it was sent anywhere; nothing was done. `reason` says what is wrong with it."""
 
@@ -101,13 +110,23 @@ class UnknownOutcome(GaterError):
         super().__init__(f"{operation}: the outcome is unknown ({details}); read the stream before trying again")
 
 
-class Overloaded(GaterError):
-    """The gateway has as many requests under way as its limit allows; this one was not sent."""
+class RequestFailed(GaterError):
+    """The store answered `operation` with an error that has no class of its own; `reason` is its Erlang term."""
 
-    def __init__(self, limit: str, allowed: int) -> None:
+    def __init__(self, operation: str, reason: Any) -> None:
+        self.operation = operation
+        self.reason = reason
+        super().__init__(f"{operation} failed: {reason!r}")
+
+
+class Overloaded(GaterError):
+    """As many requests wait as a limit allows; this one was not sent. `allowed` is None where only the store knows."""
+
+    def __init__(self, limit: str, allowed: int | None = None) -> None:
         self.limit = limit
         self.allowed = allowed
-        super().__init__(f"overloaded: {limit} allows {allowed} requests at once; try again later")
+        known = "is full" if allowed is None else f"allows {allowed} requests at once"
+        super().__init__(f"overloaded: {limit} {known}; try again later")
 
 
 class Draining(GaterError):
