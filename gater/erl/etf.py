@@ -1,0 +1,901 @@
+"""The external term format: terms to bytes and back.
+
+Follows the ERTS user's guide, chapter "External Term Format"; the section names there are the tag names here. Decoding
+and encoding are each one loop with a stack of its own, so no depth of nesting recurses in Python or C. Tags are tested
+in the order in which they occur in messages of real nodes. Bytes of a remote raise `DecodeError` or `LimitExceeded`,
+nothing else; what this side cannot encode raises `EncodeError`.
+
+How bytes get here (distribution header, atom cache, fragments) is `dist_header.py`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
+from math import isfinite
+from typing import Final
+
+from gater.erl.errors import DecodeError, EncodeError, LimitExceeded
+from gater.erl.terms import (
+    MAX_ATOM_CHARACTERS,
+    MAX_DEPTH,
+    Atom,
+    BitString,
+    EncodedTerm,
+    Export,
+    Fun,
+    ImproperList,
+    Pid,
+    Port,
+    Reference,
+    Term,
+    TermMap,
+    as_plain,
+    atom,
+    atom_bytes,
+)
+
+__all__ = [
+    "MAX_ATOMS_PER_PEER",
+    "MAX_DEPTH",
+    "MAX_ELEMENTS",
+    "MAX_TERM_BYTES",
+    "VERSION",
+    "AtomTable",
+    "decode",
+    "decode_spine",
+    "decode_term",
+    "encode",
+    "encode_into",
+    "encode_term",
+    "skip_term",
+    "to_plain",
+]
+
+VERSION: Final = 131
+"""The byte before every term that stands alone."""
+
+MAX_TERM_BYTES: Final = 128 * 1024 * 1024
+"""The largest encoded term, and the largest declared size of a compressed one (checked before inflating). A reply of
+100,000 events of one kilobyte fits; a peer cannot make this node reserve more than it may well have."""
+
+MAX_ELEMENTS: Final = 8_000_000
+"""The most terms in one term. One byte on the wire can become an empty list of 64 bytes in memory, so bytes alone do
+not bound memory; this does, at about half a gigabyte."""
+
+MAX_ATOMS_PER_PEER: Final = 262_144
+"""The most different atoms one peer may send over the life of a connection. A whole BEAM has room for 1,048,576; a big
+release knows 50,000, of which few travel. Bounds the table at some 50 MB."""
+
+_UNCOUNTED_BYTES: Final = 4 * 1024 * 1024
+"""Terms up to this size cannot reach `MAX_ELEMENTS`; larger ones are counted before they are built."""
+
+_MAX_REFERENCE_WORDS: Final = 5
+"""Words in a reference (`DFLAG_V4_NC`, OTP 24)."""
+
+_U16: Final[Callable[[bytes, int], tuple[int]]] = struct.Struct(">H").unpack_from
+_U32: Final[Callable[[bytes, int], tuple[int]]] = struct.Struct(">I").unpack_from
+_I32: Final[Callable[[bytes, int], tuple[int]]] = struct.Struct(">i").unpack_from
+_F64: Final[Callable[[bytes, int], tuple[float]]] = struct.Struct(">d").unpack_from
+_NEW_PID: Final[Callable[[bytes, int], tuple[int, int, int]]] = struct.Struct(">III").unpack_from
+_OLD_PID: Final[Callable[[bytes, int], tuple[int, int, int]]] = struct.Struct(">IIB").unpack_from
+_OLD_PORT: Final[Callable[[bytes, int], tuple[int, int]]] = struct.Struct(">IB").unpack_from
+_NEW_PORT: Final[Callable[[bytes, int], tuple[int, int]]] = struct.Struct(">II").unpack_from
+_V4_PORT: Final[Callable[[bytes, int], tuple[int, int]]] = struct.Struct(">QI").unpack_from
+
+_pack_tag_u8: Final = struct.Struct(">BB").pack
+_pack_tag_u32: Final = struct.Struct(">BI").pack
+_pack_integer: Final = struct.Struct(">Bi").pack
+_pack_float: Final = struct.Struct(">Bd").pack
+_pack_new_pid: Final = struct.Struct(">III").pack
+_pack_new_port: Final = struct.Struct(">II").pack
+_pack_v4_port: Final = struct.Struct(">QI").pack
+_pack_u32: Final = struct.Struct(">I").pack
+
+_OLD_FLOAT: Final = re.compile(rb"[ ]*[+-]?\d+\.\d+([eE][+-]?\d+)?\x00*")
+
+# What is being gathered when a container is finished.
+_ROOT: Final = 0
+_TUPLE: Final = 1
+_LIST: Final = 2
+_TAIL: Final = 3
+_MAP: Final = 4
+
+_NO_CACHE: Final[Sequence[Term]] = ()
+
+
+class AtomTable(dict[bytes, Term]):
+    """The atoms one peer has sent so far: encoded atom (tag, length, name) to its term.
+
+    Looking an unknown one up decodes and adds it; `DecodeError` if it is no atom, `LimitExceeded`
+    (`MAX_ATOMS_PER_PEER`) if the peer has sent too many.
+    """
+
+    __slots__ = ("max_atoms",)
+
+    def __init__(self, max_atoms: int = MAX_ATOMS_PER_PEER) -> None:
+        super().__init__()
+        self.max_atoms = max_atoms
+
+    def __missing__(self, encoded: bytes) -> Term:
+        if len(self) >= self.max_atoms:
+            raise LimitExceeded("MAX_ATOMS_PER_PEER", self.max_atoms)
+        term = self[encoded] = _atom_of(encoded)
+        return term
+
+
+def _atom_of(encoded: bytes) -> Term:
+    """The atom whose tag, length and name are exactly `encoded`."""
+    tag = encoded[0]
+    start, declared = (2, encoded[1]) if tag in (115, 119) else (3, encoded[1] << 8 | encoded[2])
+    name_bytes = encoded[start:]
+    if len(name_bytes) != declared:
+        raise DecodeError(f"an atom of {declared} bytes is cut off after {len(name_bytes)}")
+    try:
+        name = name_bytes.decode("utf-8" if tag >= 118 else "latin-1")
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"the name of an atom is not UTF-8: {error.reason}") from None
+    if len(name) > MAX_ATOM_CHARACTERS:
+        raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters, this one has {len(name)}")
+    return atom(name)
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    atoms: AtomTable | None = None,
+    max_bytes: int = MAX_TERM_BYTES,
+    max_elements: int = MAX_ELEMENTS,
+) -> Term:
+    """The term that `data` holds, from the version byte 131 to the end; compressed terms are inflated.
+
+    `atoms` is the table of the peer that sent it; without one, a fresh table bounds the atoms of this term alone.
+    Raises `DecodeError` (also when bytes follow the term) and `LimitExceeded`.
+    """
+    data = bytes(data)
+    if len(data) > max_bytes:
+        raise LimitExceeded("MAX_TERM_BYTES", max_bytes, len(data))
+    if len(data) < 2:
+        raise DecodeError(f"{len(data)} bytes hold no term with its version byte")
+    if data[0] != VERSION:
+        raise DecodeError(f"a term starts with byte {VERSION}, not {data[0]}")
+    start = 1
+    if data[1] == 80:
+        data, start = _inflate(data, max_bytes), 0
+    term, end = decode_term(data, start, AtomTable() if atoms is None else atoms, max_elements=max_elements)
+    if end != len(data):
+        raise DecodeError(f"{len(data) - end} bytes follow the term")
+    return term
+
+
+def _inflate(data: bytes, max_bytes: int) -> bytes:
+    """The bare term in a compressed one (131, 80, size of 4 bytes, zlib stream), never more than it declares."""
+    if len(data) < 6:
+        raise DecodeError("a compressed term is cut off in its header")
+    (size,) = _U32(data, 2)
+    if size > max_bytes:
+        raise LimitExceeded("MAX_TERM_BYTES", max_bytes, size)
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(memoryview(data)[6:], size + 1)
+    except zlib.error as error:
+        raise DecodeError(f"a compressed term does not inflate: {error}") from None
+    if len(inflated) != size:
+        raise DecodeError(
+            f"a compressed term declares {size} bytes but holds {'more' if len(inflated) > size else 'less'}"
+        )
+    if not inflater.eof or inflater.unused_data:
+        raise DecodeError("a compressed term does not end with its zlib stream")
+    return inflated
+
+
+def decode_term(
+    data: bytes,
+    pos: int,
+    atoms: AtomTable,
+    atom_cache: Sequence[Term] | None = None,
+    *,
+    max_elements: int = MAX_ELEMENTS,
+) -> tuple[Term, int]:
+    """The term that starts at `pos` (no version byte) and the position after it.
+
+    `atom_cache` are the atoms of this message's distribution header, which ATOM_CACHE_REF (82) points into.
+    """
+    cache = _NO_CACHE if atom_cache is None else atom_cache
+    if len(data) - pos > _UNCOUNTED_BYTES:
+        skip_term(data, pos, cache, max_elements=max_elements)
+    try:
+        return _decode(data, pos, atoms, cache)
+    except (IndexError, struct.error):
+        skip_term(data, pos, cache, max_elements=max_elements)
+        raise DecodeError("a term is cut off") from None
+
+
+def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """`decode_term`, but reading past the end is an IndexError or struct.error.
+
+    Containers are gathered one at a time: `elements` of the innermost open one, the others on the stack. A map is
+    gathered as the flat list of its keys and values.
+    """
+    u32 = _U32
+    elements: list[Term] = []
+    left: Iterator[None] = repeat(None, 1)
+    gathering = _ROOT
+    stack: list[tuple[list[Term], Iterator[None], int]] = []
+    deep = False
+    while True:
+        for _ in left:
+            tag = data[pos]
+            if tag == 82:  # ATOM_CACHE_REF
+                elements.append(cache[data[pos + 1]])
+                pos += 2
+            elif tag == 100:  # ATOM_EXT; no atom is longer than the low byte of its length can say
+                end = pos + 3 + data[pos + 2]
+                elements.append(atoms[data[pos:end]])
+                pos = end
+            elif tag == 109:  # BINARY_EXT
+                (count,) = u32(data, pos + 1)
+                pos += 5
+                end = pos + count
+                elements.append(data[pos:end])
+                pos = end
+            elif tag == 97:  # SMALL_INTEGER_EXT
+                elements.append(data[pos + 1])
+                pos += 2
+            elif tag == 119:  # SMALL_ATOM_UTF8_EXT
+                end = pos + 2 + data[pos + 1]
+                elements.append(atoms[data[pos:end]])
+                pos = end
+            elif tag == 104:  # SMALL_TUPLE_EXT
+                count = data[pos + 1]
+                pos += 2
+                if count:
+                    opened = _TUPLE
+                    break
+                elements.append(())
+            elif tag == 106:  # NIL_EXT
+                elements.append([])
+                pos += 1
+            elif tag == 116:  # MAP_EXT
+                (count,) = u32(data, pos + 1)
+                pos += 5
+                if count:
+                    count += count
+                    opened = _MAP
+                    break
+                elements.append({})
+            elif tag == 108:  # LIST_EXT
+                (count,) = u32(data, pos + 1)
+                pos += 5
+                opened = _LIST
+                break
+            elif tag == 98:  # INTEGER_EXT
+                elements.append(_I32(data, pos + 1)[0])
+                pos += 5
+            elif tag == 110:  # SMALL_BIG_EXT
+                end = pos + 3 + data[pos + 1]
+                number = int.from_bytes(data[pos + 3 : end], "little")
+                elements.append(-number if data[pos + 2] else number)
+                pos = end
+            elif tag == 70:  # NEW_FLOAT_EXT
+                (value,) = _F64(data, pos + 1)
+                if not isfinite(value):
+                    raise DecodeError(f"{value} is no Erlang float")
+                elements.append(value)
+                pos += 9
+            elif tag == 107:  # STRING_EXT
+                (count,) = _U16(data, pos + 1)
+                pos += 3
+                end = pos + count
+                elements.append(list(data[pos:end]))
+                pos = end
+            elif tag == 105:  # LARGE_TUPLE_EXT
+                (count,) = u32(data, pos + 1)
+                pos += 5
+                if count:
+                    opened = _TUPLE
+                    break
+                elements.append(())
+            else:
+                term, pos = _rare(tag, data, pos + 1, atoms, cache)
+                elements.append(term)
+        else:
+            if gathering == _TUPLE:
+                done: Term = tuple(elements)
+            elif gathering == _MAP:
+                pairs = iter(elements)
+                try:
+                    done = None if deep else dict(zip(pairs, pairs, strict=True))
+                except (TypeError, RecursionError):
+                    done = None
+                if done is None or len(done) + len(done) != len(elements):
+                    done = _careful_map(elements)
+            elif gathering == _LIST:
+                tag = data[pos]
+                if tag == 106:
+                    pos += 1
+                    done = elements
+                elif tag == 108:  # a list as the tail of a list goes on with it
+                    left = repeat(None, u32(data, pos + 1)[0])
+                    pos += 5
+                    continue
+                else:
+                    left = repeat(None, 1)
+                    gathering = _TAIL
+                    continue
+            elif gathering == _TAIL:
+                tail = elements.pop()
+                if not elements:
+                    done = tail
+                elif type(tail) is list:
+                    elements += tail
+                    done = elements
+                else:
+                    done = ImproperList(elements, tail)
+            else:
+                if pos > len(data):
+                    raise IndexError
+                return elements[0], pos
+            elements, left, gathering = stack.pop()
+            elements.append(done)
+            continue
+        stack.append((elements, left, gathering))
+        if len(stack) > 100:
+            deep = True
+            if len(stack) > MAX_DEPTH:
+                raise LimitExceeded("MAX_DEPTH", MAX_DEPTH)
+        elements = []
+        left = repeat(None, count)
+        gathering = opened
+
+
+def _careful_map(flat: list[Term]) -> Term:
+    """The map of these keys and values, when a `dict` cannot (or might not, safely) tell its keys apart."""
+    pairs = iter(flat)
+    careful = TermMap(zip(pairs, pairs, strict=True))
+    if len(careful) * 2 != len(flat):
+        raise DecodeError("a map has a key twice")
+    if all(type(key) in _SHALLOW for key in careful):
+        plain = dict(careful.pairs())
+        if len(plain) == len(careful):
+            return plain
+    return careful
+
+
+_SHALLOW: Final = frozenset({Atom, bytes, int, float, bool, type(None), Pid, Reference, Port, Export, Fun, BitString})
+
+
+def _atom_at(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """The atom at `pos` and the position after it. DecodeError if something else stands there."""
+    tag = data[pos]
+    if tag == 82:
+        return cache[data[pos + 1]], pos + 2
+    if tag in (119, 115):
+        end = pos + 2 + data[pos + 1]
+    elif tag in (100, 118):
+        end = pos + 3 + _U16(data, pos + 1)[0]
+    else:
+        raise DecodeError(f"an atom is expected at byte {pos}, not tag {tag}")
+    return atoms[data[pos:end]], end
+
+
+def _rare(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """The term with a tag that seldom comes and that holds no terms but atoms; `pos` is behind the tag."""
+    if tag == 88:  # NEW_PID_EXT
+        node, pos = _atom_at(data, pos, atoms, cache)
+        number, serial, creation = _NEW_PID(data, pos)
+        return Pid(node, number, serial, creation), pos + 12
+    if tag == 90 or tag == 114:  # NEWER_REFERENCE_EXT, NEW_REFERENCE_EXT
+        (words,) = _U16(data, pos)
+        if not 0 < words <= _MAX_REFERENCE_WORDS:
+            raise DecodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {words}")
+        node, pos = _atom_at(data, pos + 2, atoms, cache)
+        if tag == 90:
+            (creation,) = _U32(data, pos)
+            pos += 4
+        else:
+            creation = data[pos]
+            pos += 1
+        return Reference(node, creation, struct.unpack_from(f">{words}I", data, pos)), pos + 4 * words
+    if tag == 118 or tag == 115:  # ATOM_UTF8_EXT, SMALL_ATOM_EXT
+        return _atom_at(data, pos - 1, atoms, cache)
+    if tag == 112 or tag == 117:  # NEW_FUN_EXT, FUN_EXT
+        return _fun(tag, data, pos, atoms, cache)
+    if tag == 113:  # EXPORT_EXT
+        module, pos = _atom_at(data, pos, atoms, cache)
+        function, pos = _atom_at(data, pos, atoms, cache)
+        if data[pos] != 97:
+            raise DecodeError(f"the arity of an export is a small integer, not tag {data[pos]}")
+        return Export(module, function, data[pos + 1]), pos + 2
+    if tag == 120:  # V4_PORT_EXT
+        node, pos = _atom_at(data, pos, atoms, cache)
+        number, creation = _V4_PORT(data, pos)
+        return Port(node, number, creation), pos + 12
+    if tag == 89:  # NEW_PORT_EXT
+        node, pos = _atom_at(data, pos, atoms, cache)
+        number, creation = _NEW_PORT(data, pos)
+        return Port(node, number, creation), pos + 8
+    if tag == 77:  # BIT_BINARY_EXT
+        (count,) = _U32(data, pos)
+        return _bits(data[pos + 5 : pos + 5 + count], count, data[pos + 4]), pos + 5 + count
+    if tag == 111:  # LARGE_BIG_EXT
+        (count,) = _U32(data, pos)
+        end = pos + 5 + count
+        number = int.from_bytes(data[pos + 5 : end], "little")
+        return -number if data[pos + 4] else number, end
+    if tag == 99:  # FLOAT_EXT
+        text = data[pos : pos + 31]
+        if not _OLD_FLOAT.fullmatch(text) or not isfinite(float(text.rstrip(b"\0"))):
+            raise DecodeError("a FLOAT_EXT is not the text of a float")
+        return float(text.rstrip(b"\0")), pos + 31
+    if tag == 103:  # PID_EXT
+        node, pos = _atom_at(data, pos, atoms, cache)
+        number, serial, creation = _OLD_PID(data, pos)
+        return Pid(node, number, serial, creation), pos + 9
+    if tag == 102 or tag == 101:  # PORT_EXT, REFERENCE_EXT
+        node, pos = _atom_at(data, pos, atoms, cache)
+        number, creation = _OLD_PORT(data, pos)
+        return Port(node, number, creation) if tag == 102 else Reference(node, creation, (number,)), pos + 5
+    raise DecodeError(_unknown(tag, pos - 1))
+
+
+def _unknown(tag: int, pos: int) -> str:
+    if tag == 121:
+        return f"LOCAL_EXT at byte {pos} means something only to the node that made it"
+    if tag == 80:
+        return f"a compressed term at byte {pos} must follow the version byte"
+    return f"no term has the tag {tag} (byte {pos})"
+
+
+def _bits(data: bytes, declared: int, bits_in_last_byte: int) -> Term:
+    if len(data) != declared:
+        raise IndexError
+    if bits_in_last_byte == 8 or not data:
+        if bits_in_last_byte and not data:
+            raise DecodeError("a bitstring without bytes has no bits in its last byte")
+        return data
+    if not 1 <= bits_in_last_byte <= 7:
+        raise DecodeError(f"a byte has no {bits_in_last_byte} bits")
+    unused = 8 - bits_in_last_byte
+    return BitString(data[:-1] + bytes((data[-1] >> unused << unused,)), bits_in_last_byte)
+
+
+def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """A closure. Its body is kept as it came, but for references to the atom cache, which mean nothing elsewhere."""
+    end = skip_term(data, pos - 1, cache)
+    if tag == 112:
+        arity = data[pos + 4]
+        module, _ = _atom_at(data, pos + 29, atoms, cache)
+    else:
+        arity = -1
+        _, module_pos = _rare(data[pos + 4], data, pos + 5, atoms, cache)
+        module, _ = _atom_at(data, module_pos, atoms, cache)
+    body = to_plain(data, pos - 1, cache)[1:] if cache else data[pos:end]
+    return Fun(tag, body, module, arity), end
+
+
+def skip_term(
+    data: bytes, pos: int, atom_cache: Sequence[Term] | None = None, *, max_elements: int = MAX_ELEMENTS
+) -> int:
+    """The position after the term at `pos`, whose tags, lengths and atoms are checked without building it.
+
+    Not checked: that the keys of a map differ, and the depth (this loop and those of a BEAM need none).
+    """
+    return _walk(data, pos, _NO_CACHE if atom_cache is None else atom_cache, None, max_elements)
+
+
+def to_plain(data: bytes, pos: int, atom_cache: Sequence[Term] | None) -> bytes:
+    """The bytes of the term at `pos` with every reference to the message's atom cache replaced by the atom itself."""
+    chunks: list[bytes] = []
+    _walk(data, pos, _NO_CACHE if atom_cache is None else atom_cache, chunks, MAX_ELEMENTS)
+    return b"".join(chunks)
+
+
+def _walk(
+    data: bytes,
+    pos: int,
+    cache: Sequence[Term],
+    plain: list[bytes] | None,
+    budget: int,
+    todo: int = 1,
+    open_funs: int = 0,
+) -> int:
+    """Go through `todo` terms at `pos` to their end; if `plain` is given, gather the pieces of their plain form there.
+
+    Containers add their count to `todo` and are otherwise nothing, so depth costs nothing.
+    """
+    size = len(data)
+    allowed = budget
+    copied = pos
+    try:
+        while todo:
+            todo -= 1
+            tag = data[pos]
+            if tag == 82:  # ATOM_CACHE_REF
+                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+            elif tag == 100:  # ATOM_EXT
+                if data[pos + 1]:
+                    raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters")
+                pos += 3 + data[pos + 2]
+            elif tag == 109:  # BINARY_EXT
+                pos += 5 + _U32(data, pos + 1)[0]
+            elif tag == 97:  # SMALL_INTEGER_EXT
+                pos += 2
+            elif tag == 119:  # SMALL_ATOM_UTF8_EXT
+                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+            elif tag == 106:  # NIL_EXT
+                pos += 1
+            elif tag == 104 or tag == 116 or tag == 108 or tag == 105:
+                if tag == 104:  # SMALL_TUPLE_EXT
+                    count = data[pos + 1]
+                    pos += 2
+                else:
+                    (count,) = _U32(data, pos + 1)
+                    pos += 5
+                    if tag == 116:  # MAP_EXT
+                        count += count
+                    elif tag == 108:  # LIST_EXT
+                        count += 1
+                todo += count
+                budget -= count
+                if todo > size - pos:
+                    raise DecodeError(f"at byte {pos} {todo} terms are to come, but only {size - pos} bytes")
+                if budget < 0:
+                    raise LimitExceeded("MAX_ELEMENTS", allowed)
+            elif tag == 98:  # INTEGER_EXT
+                pos += 5
+            elif tag == 110:  # SMALL_BIG_EXT
+                pos += 3 + data[pos + 1]
+            elif tag == 70:  # NEW_FLOAT_EXT
+                pos += 9
+            elif tag == 107:  # STRING_EXT
+                (count,) = _U16(data, pos + 1)
+                pos += 3 + count
+                budget -= count
+                if budget < 0:
+                    raise LimitExceeded("MAX_ELEMENTS", allowed)
+            elif tag in _NODE_THEN:
+                pos, copied = _walk_atom(data, pos + 1, cache, plain, copied)
+                pos += _NODE_THEN[tag]
+            elif tag == 90 or tag == 114:  # NEWER_REFERENCE_EXT, NEW_REFERENCE_EXT
+                (words,) = _U16(data, pos + 1)
+                if not 0 < words <= _MAX_REFERENCE_WORDS:
+                    raise DecodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {words}")
+                pos, copied = _walk_atom(data, pos + 3, cache, plain, copied)
+                pos += 4 * words + (4 if tag == 90 else 1)
+            elif tag == 118 or tag == 115:  # ATOM_UTF8_EXT, SMALL_ATOM_EXT
+                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+            elif tag == 77 or tag == 111:  # BIT_BINARY_EXT, LARGE_BIG_EXT
+                pos += 6 + _U32(data, pos + 1)[0]
+            elif tag == 113:  # EXPORT_EXT
+                pos, copied = _walk_atom(data, pos + 1, cache, plain, copied)
+                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+                if data[pos] != 97:
+                    raise DecodeError(f"the arity of an export is a small integer, not tag {data[pos]}")
+                pos += 2
+            elif tag == 99:  # FLOAT_EXT
+                pos += 32
+            elif tag == 117:  # FUN_EXT: count of free variables, pid, module, index, uniq, free variables
+                todo += 4 + _U32(data, pos + 1)[0]
+                pos += 5
+                if todo > size - pos:
+                    raise DecodeError(f"at byte {pos} {todo} terms are to come, but only {size - pos} bytes")
+            elif tag == 112:  # NEW_FUN_EXT
+                if open_funs >= _MAX_NESTED_FUNS:
+                    raise LimitExceeded("MAX_NESTED_FUNS", _MAX_NESTED_FUNS)
+                declared_end = pos + 1 + _U32(data, pos + 1)[0]
+                (free,) = _U32(data, pos + 26)
+                if free > size - pos:
+                    raise DecodeError(f"at byte {pos} {free} free variables are to come, but only {size - pos} bytes")
+                if plain is not None:
+                    plain.append(data[copied : pos + 1])
+                    plain.append(b"")
+                    size_at = len(plain) - 1
+                    plain.append(data[pos + 5 : pos + 30])
+                # module, old index, old uniq, creator, free variables
+                pos = _walk(data, pos + 30, cache, plain, budget, free + 4, open_funs + 1)
+                if pos != declared_end:
+                    raise DecodeError(f"a fun declares its end at byte {declared_end}, but ends at {pos}")
+                if plain is not None:
+                    plain[size_at] = _pack_u32(4 + sum(map(len, plain[size_at + 1 :])))
+                    copied = pos
+            else:
+                raise DecodeError(_unknown(tag, pos))
+    except (IndexError, struct.error):
+        raise DecodeError(f"a term is cut off: it goes on after byte {size}") from None
+    if pos > size:
+        raise DecodeError(f"a term is cut off: it ends at byte {pos} of {size}")
+    if plain is not None:
+        plain.append(data[copied:pos])
+    return pos
+
+
+def _walk_atom(data: bytes, pos: int, cache: Sequence[Term], plain: list[bytes] | None, copied: int) -> tuple[int, int]:
+    """The positions after the atom at `pos` and up to which `plain` is complete, in that order."""
+    tag = data[pos]
+    if tag == 82:
+        index = data[pos + 1]
+        if index >= len(cache):
+            raise DecodeError(f"an atom cache reference {index} in a message of {len(cache)} atoms")
+        if plain is not None:
+            plain.append(data[copied:pos])
+            plain.append(atom_bytes(cache[index]))
+            copied = pos + 2
+        return pos + 2, copied
+    if tag == 119 or tag == 115:
+        end = pos + 2 + data[pos + 1]
+    elif tag == 100 or tag == 118:
+        end = pos + 3 + _U16(data, pos + 1)[0]
+    else:
+        raise DecodeError(f"an atom is expected at byte {pos}, not tag {tag}")
+    if tag == 118 or (tag == 119 and not data[pos + 2 : end].isascii()) or (tag == 100 and data[pos + 1]):
+        _atom_of(data[pos:end])
+    return end, copied
+
+
+_NODE_THEN: Final = {88: 12, 103: 9, 120: 12, 89: 8, 102: 5, 101: 5}
+"""Tags of pids, ports and the oldest references: a node and then this many bytes."""
+
+_MAX_NESTED_FUNS: Final = 50
+"""How deep closures may hold closures. Each is walked by a call of its own, for its size has to be checked."""
+
+
+def decode_spine(
+    data: bytes, pos: int, levels: int, atoms: AtomTable, atom_cache: Sequence[Term] | None = None
+) -> Term:
+    """The term from `pos` to the end of `data`, decoded only where a gateway looks: along its first elements.
+
+    Of a tuple, all elements but the last are decoded whole and the last with one level less; at level 0 a container
+    becomes an `EncodedTerm` of the rest of the buffer (made plain if the message has an atom cache), anything else is
+    decoded. `{Ref, {ok, [Event, ..]}}` with two levels gives `(ref, (ok, EncodedTerm))` at the cost of the reference.
+
+    That the rest is one whole term is not checked: `skip_term` does. Raises `DecodeError` and `LimitExceeded`.
+    """
+    heads: list[list[Term]] = []
+    cache = _NO_CACHE if atom_cache is None else atom_cache
+    try:
+        tag = data[pos]
+        while levels > 0 and (tag == 104 or tag == 105):
+            if tag == 104:
+                count = data[pos + 1]
+                after = pos + 2
+            else:
+                (count,) = _U32(data, pos + 1)
+                after = pos + 5
+            if not count:
+                break
+            pos = after
+            head: list[Term] = []
+            for _ in repeat(None, count - 1):
+                element, pos = _decode(data, pos, atoms, cache)
+                head.append(element)
+            heads.append(head)
+            levels -= 1
+            tag = data[pos]
+        if tag in _LAZY:
+            if cache:
+                pieces: list[bytes] = []
+                end = _walk(data, pos, cache, pieces, MAX_ELEMENTS)
+                term: Term = EncodedTerm(b"".join(pieces))
+            else:
+                end = len(data)
+                term = EncodedTerm(data[pos:])
+        else:
+            term, end = _decode(data, pos, atoms, cache)
+        if end != len(data):
+            raise DecodeError(f"{len(data) - end} bytes follow the term")
+    except (IndexError, struct.error):
+        raise DecodeError(f"a term is cut off: it goes on after byte {len(data)}") from None
+    while heads:
+        head = heads.pop()
+        head.append(term)
+        term = tuple(head)
+    return term
+
+
+_LAZY: Final = frozenset({104, 105, 107, 108, 112, 116, 117})
+"""Tags of containers, strings and funs: what `decode_spine` leaves encoded."""
+
+
+def encode(term: Term, *, compressed: int = 0) -> bytes:
+    """`term` with the version byte; `compressed` is a zlib level (0: not), used only where it makes the term smaller.
+
+    Raises EncodeError for what has no Erlang term.
+    """
+    pieces = [b"\x83"]
+    _encode(pieces, term)
+    if not compressed:
+        return b"".join(pieces)
+    bare = b"".join(pieces[1:])
+    deflated = zlib.compress(bare, compressed)
+    if len(deflated) + 5 >= len(bare):
+        return b"\x83" + bare
+    return b"\x83P" + _pack_u32(len(bare)) + deflated
+
+
+def encode_term(term: Term) -> bytes:
+    """`term` without the version byte. Raises EncodeError."""
+    pieces: list[bytes] = []
+    _encode(pieces, term)
+    return b"".join(pieces)
+
+
+def encode_into(out: list[bytes] | bytearray, term: Term, atom_refs: dict[Atom, bytes] | None = None) -> None:
+    """Append `term` (no version byte) to `out`; large binaries are appended to a list as they are, not copied.
+
+    `atom_refs` says how an atom is written: `dist_header.py` gives references to its cache. On EncodeError `out` holds
+    a part of the term.
+    """
+    if isinstance(out, list):
+        _encode(out, term, atom_refs)
+    else:
+        pieces: list[bytes] = []
+        _encode(pieces, term, atom_refs)
+        out += b"".join(pieces)
+
+
+_SMALL_INTEGERS: Final = tuple(bytes((97, value)) for value in range(256))
+_TRUE: Final = atom_bytes(True)
+_FALSE: Final = atom_bytes(False)
+_NIL_ATOM: Final = atom_bytes(None)
+_END_OF_LIST: Final[tuple[Term, ...]] = ([],)
+
+
+def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = None) -> None:
+    """Append the pieces of `root` to `out`.
+
+    `items` goes through the innermost open container, the others wait on the stack; a list ends with an empty list.
+    """
+    items: Iterator[Term] = iter((root,))
+    stack: list[Iterator[Term]] = []
+    children: Iterable[Term]
+    pack_tag_u32 = _pack_tag_u32
+    while True:
+        for item in items:
+            kind = type(item)
+            if kind is Atom:
+                out.append(item.etf if atom_refs is None else atom_refs[item])
+            elif kind is bytes:
+                out.append(pack_tag_u32(109, len(item)))
+                out.append(item)
+            elif kind is int:
+                if 0 <= item <= 255:
+                    out.append(_SMALL_INTEGERS[item])
+                elif -0x80000000 <= item <= 0x7FFFFFFF:
+                    out.append(_pack_integer(98, item))
+                else:
+                    out.append(_big(item))
+            elif kind is dict:
+                out.append(pack_tag_u32(116, len(item)))
+                children = chain.from_iterable(item.items())
+                break
+            elif kind is tuple:
+                count = len(item)
+                out.append(_pack_tag_u8(104, count) if count < 256 else pack_tag_u32(105, count))
+                children = item
+                break
+            elif kind is list:
+                if not item:
+                    out.append(b"j")
+                    continue
+                out.append(pack_tag_u32(108, len(item)))
+                children = chain(item, _END_OF_LIST)
+                break
+            elif item is None:
+                out.append(_NIL_ATOM)
+            elif kind is str:
+                text = _utf8(item)
+                out.append(pack_tag_u32(109, len(text)))
+                out.append(text)
+            elif kind is float:
+                if not isfinite(item):
+                    raise EncodeError(f"{item} is no Erlang float")
+                out.append(_pack_float(70, item))
+            elif kind is bool:
+                out.append(_TRUE if item else _FALSE)
+            elif kind is EncodedTerm:
+                out.append(item.data)
+            elif kind is Pid or kind is Reference or kind is Port or kind is Export or kind is Fun or kind is BitString:
+                out.append(_opaque(item, kind, atom_refs))
+            elif kind is ImproperList:
+                out.append(pack_tag_u32(108, len(item.elements)))
+                children = chain(item.elements, (item.tail,))
+                break
+            elif kind is TermMap:
+                out.append(pack_tag_u32(116, len(item)))
+                children = chain.from_iterable(item.pairs())
+                break
+            else:
+                try:
+                    children = (as_plain(item),)
+                except TypeError:
+                    raise EncodeError(f"{kind.__name__} is no Erlang term{_where(root, item)}") from None
+                break
+        else:
+            if not stack:
+                return
+            items = stack.pop()
+            continue
+        stack.append(items)
+        if len(stack) > MAX_DEPTH:
+            raise EncodeError(f"containers nested deeper than MAX_DEPTH ({MAX_DEPTH}), or one that holds itself")
+        items = iter(children)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise EncodeError(f"a str that is not Unicode text cannot be a UTF-8 binary: {error.reason}") from None
+
+
+def _big(number: int) -> bytes:
+    magnitude = abs(number)
+    count = (magnitude.bit_length() + 7) // 8
+    digits = magnitude.to_bytes(count, "little")
+    if count < 256:
+        return b"n%c%c%b" % (count, number < 0, digits)
+    return b"o%b%c%b" % (_pack_u32(count), number < 0, digits)
+
+
+def _opaque(item: Term, kind: type, atom_refs: dict[Atom, bytes] | None) -> bytes:
+    """A pid, reference, port, export, fun or bitstring."""
+    try:
+        if kind is Pid:
+            numbers = _pack_new_pid(item.id, item.serial, item.creation)
+            return b"X" + _node(item.node, atom_refs) + numbers
+        if kind is Reference:
+            words = item.ids
+            if not 0 < len(words) <= _MAX_REFERENCE_WORDS:
+                raise EncodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {len(words)}")
+            numbers = struct.pack(f">{len(words) + 1}I", item.creation, *words)
+            return b"Z\x00%c%b%b" % (len(words), _node(item.node, atom_refs), numbers)
+        if kind is Port:
+            node = _node(item.node, atom_refs)
+            if item.id < 1 << 28:
+                return b"Y" + node + _pack_new_port(item.id, item.creation)
+            return b"x" + node + _pack_v4_port(item.id, item.creation)
+        if kind is Export:
+            module, function = _node(item.module, atom_refs), _node(item.function, atom_refs)
+            return b"q" + module + function + _pack_tag_u8(97, item.arity)
+        if kind is Fun:
+            return b"%c%b" % (item.tag, item.body)
+        return b"M%b%c%b" % (_pack_u32(len(item.data)), item.bits_in_last_byte, item.data)
+    except (struct.error, TypeError, AttributeError, OverflowError) as error:
+        raise EncodeError(f"{item!r} does not fit its encoding: {error}") from None
+
+
+def _node(term: Term, atom_refs: dict[Atom, bytes] | None) -> bytes:
+    if atom_refs is not None and type(term) is Atom:
+        return atom_refs[term]
+    return atom_bytes(term)
+
+
+def _where(root: Term, bad: Term) -> str:
+    """Where in `root` the object `bad` stands, for an error message: ` (at [1].items[0])`; empty if it is the root."""
+    if root is bad:
+        return ""
+    todo: list[tuple[Term, str]] = [(root, "")]
+    seen: set[int] = set()
+    while todo:
+        term, path = todo.pop()
+        if id(term) in seen:
+            continue
+        seen.add(id(term))
+        inner: Iterable[tuple[Term, str]] = ()
+        if isinstance(term, tuple | list):
+            inner = ((element, f"{path}[{index}]") for index, element in enumerate(term))
+        elif isinstance(term, ImproperList):
+            inner = ((element, f"{path}.tail") for element in (*term.elements, term.tail))
+        elif isinstance(term, Mapping):
+            inner = chain.from_iterable(
+                ((key, f"{path} key {key!r:.40}"), (value, f"{path}[{key!r:.40}]")) for key, value in term.items()
+            )
+        for element, at in inner:
+            if element is bad:
+                return f" (at {at.strip():.200})"
+            todo.append((element, at))
+    return ""
