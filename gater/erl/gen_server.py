@@ -1,0 +1,378 @@
+"""GenServers in Python, and calls to GenServers anywhere.
+
+Speaks what `gen.erl`, `gen_server.erl` and `sys.erl` of OTP speak: `{'$gen_call', From, Request}` answered by
+`{Tag, Reply}` to the caller or to its alias, `{'$gen_cast', Message}`, `{system, From, Request}`.
+
+A server is a class with callbacks. A callback that returns is done; one that is a coroutine function holds the next
+message back until it has finished, as in Erlang. A call can be answered later: return `NO_REPLY` and give the answer to
+`self.reply(caller, answer)` whenever it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, NamedTuple
+
+from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied
+from gater.erl.node import Monitor, Node
+from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop
+from gater.erl.terms import Atom, ImproperList, Pid, Reference, Term
+
+GEN_CALL: Final = Atom("$gen_call")
+GEN_CAST: Final = Atom("$gen_cast")
+SYSTEM: Final = Atom("system")
+ALIAS: Final = Atom("alias")
+OK: Final = Atom("ok")
+ERROR: Final = Atom("error")
+NODEDOWN: Final = Atom("nodedown")
+TIMEOUT_REASON: Final = Atom("timeout")
+
+CALL_TIMEOUT_S: Final = 5.0
+"""The default of `gen_server:call/2`."""
+
+MAX_SUSPENDED_MESSAGES: Final = 100_000
+"""Messages kept for a server that `sys:suspend` has stopped; one more ends it."""
+
+
+class Caller(NamedTuple):
+    """Who made a call: the `From` of `handle_call`."""
+
+    pid: Pid
+    tag: Term
+
+
+class _NoReply:
+    def __repr__(self) -> str:
+        return "NO_REPLY"
+
+
+NO_REPLY: Final = _NoReply()
+"""Returned by `handle_call`: the answer comes later, through `GenServer.reply`."""
+
+
+class GenServer:
+    """Base class of servers. Start one with `start_server`; override what is needed.
+
+    `spine_levels` says how deep the last elements of messages are decoded (`etf.decode_spine`); None decodes
+    everything.
+    """
+
+    process: Process
+    spine_levels: int | None = None
+
+    @property
+    def pid(self) -> Pid:
+        """The pid of this server."""
+        return self.process.pid
+
+    @property
+    def node(self) -> Node:
+        """The node it runs on."""
+        return self.process.node
+
+    def init(self) -> Coroutine[Any, Any, None] | None:
+        """Called once before the first message."""
+        return None
+
+    def handle_call(self, request: Term, caller: Caller) -> Term:
+        """Answer a call: the returned term is the reply (or `NO_REPLY`). May be a coroutine function."""
+        raise Stop((Atom("bad_call"), request))
+
+    def handle_cast(self, message: Term) -> Coroutine[Any, Any, None] | None:
+        """Handle a cast."""
+        raise Stop((Atom("bad_cast"), message))
+
+    def handle_info(self, message: Term) -> Coroutine[Any, Any, None] | None:
+        """Handle any other message."""
+        return None
+
+    def terminate(self, reason: Term) -> None:
+        """The server is ending, for whatever reason; called once."""
+        return
+
+    def get_state(self) -> Term:
+        """What `sys:get_state` shows."""
+        return Atom("undefined")
+
+    def reply(self, caller: Caller, answer: Term) -> None:
+        """Answer a call that was left open with `NO_REPLY`."""
+        self.process.node.reply(caller, answer)
+
+    def cast_after(self, delay_s: float, message: Term) -> asyncio.TimerHandle:
+        """Have `handle_info(message)` called in `delay_s` seconds; the handle returned can cancel it."""
+        return asyncio.get_running_loop().call_later(delay_s, self.process.deliver, message)
+
+
+class ServerReceiver:
+    """Takes the messages of a process apart for a `GenServer`."""
+
+    __slots__ = ("_kept", "process", "server", "suspended")
+
+    def __init__(self, server: GenServer) -> None:
+        self.server = server
+        self.suspended = False
+        self.process: Process
+        self._kept: deque[Term] = deque()
+
+    def receive(self, message: Term) -> Awaitable[None] | None:
+        if type(message) is tuple and message:
+            kind = message[0]
+            if kind is SYSTEM and len(message) == 3 and _is_from(message[1]):
+                self._system(Caller(*message[1]), message[2])
+                return None
+            if self.suspended:
+                self._keep(message)
+                return None
+            if kind is GEN_CALL and len(message) == 3 and _is_from(message[1]):
+                caller = Caller(*message[1])
+                answer = self.server.handle_call(message[2], caller)
+                if inspect.isawaitable(answer):
+                    return self._answer_later(caller, answer)
+                if answer is not NO_REPLY:
+                    self.process.node.reply(caller, answer)
+                return None
+            if kind is GEN_CAST and len(message) == 2:
+                return self.server.handle_cast(message[1])
+        elif self.suspended:
+            self._keep(message)
+            return None
+        return self.server.handle_info(message)
+
+    async def _answer_later(self, caller: Caller, answer: Awaitable[Term]) -> None:
+        result = await answer
+        if result is not NO_REPLY:
+            self.process.node.reply(caller, result)
+
+    def _keep(self, message: Term) -> None:
+        if len(self._kept) >= MAX_SUSPENDED_MESSAGES:
+            raise Stop(Atom("mailbox_limit"))
+        self._kept.append(message)
+
+    def _system(self, caller: Caller, request: Term) -> None:
+        reply: Term
+        kind = request[0] if type(request) is tuple and request else request
+        name = kind.name if type(kind) is Atom else None
+        match name:
+            case "get_state":
+                reply = (OK, self.server.get_state())
+            case "get_status":
+                reply = self._status()
+            case "suspend":
+                self.suspended = True
+                reply = OK
+            case "resume":
+                self.suspended = False
+                kept, self._kept = self._kept, deque()
+                self.process.node.reply(caller, OK)
+                for message in kept:
+                    self.process.deliver(message)
+                return
+            case "terminate":
+                self.process.node.reply(caller, OK)
+                raise Stop(request[1] if type(request) is tuple and len(request) == 2 else NORMAL)
+            case "replace_state":
+                reply = (ERROR, (Atom("unsupported"), b"the state of a Python server is not an Erlang term"))
+            case _:
+                reply = (ERROR, (Atom("unknown_system_msg"), request))
+        self.process.node.reply(caller, reply)
+
+    def _status(self) -> Term:
+        """`{status, Pid, {module, Module}, [PDict, SysState, Parent, Debug, Misc]}`, as `sys.erl` builds it."""
+        process = self.process
+        state = Atom("suspended" if self.suspended else "running")
+        header = (Atom("header"), list(f"Status for {type(self.server).__name__}".encode()))
+        misc = [
+            header,
+            (Atom("data"), [(list(b"Status"), state)]),
+            (Atom("data"), [(list(b"State"), self.server.get_state())]),
+        ]
+        return (
+            Atom("status"),
+            process.pid,
+            (Atom("module"), Atom("gen_server")),
+            [[], state, process.pid, [], misc],
+        )
+
+    def terminate(self, reason: Term) -> None:
+        self.server.terminate(reason)
+
+
+def _is_from(term: Term) -> bool:
+    return type(term) is tuple and len(term) == 2 and type(term[0]) is Pid
+
+
+async def start_server(
+    node: Node, server: GenServer, *, name: str | Atom | None = None, link: Process | None = None
+) -> GenServer:
+    """Start `server` as a process of `node`, registered as `name` if one is given; returns once `init` is done.
+
+    Raises `NodeError` if the name is taken, and whatever `init` raises.
+    """
+    process = spawn_server(node, server, name=name)
+    if link is not None:
+        process.link(link.pid)
+    try:
+        begun = server.init()
+        if begun is not None:
+            await begun
+    except BaseException as error:
+        process.exit((Atom("init_failed"), str(error).encode()))
+        raise
+    return server
+
+
+def spawn_server(node: Node, server: GenServer, *, name: str | Atom | None = None) -> Process:
+    """The process of `server`, without calling its `init`."""
+    receiver = ServerReceiver(server)
+    process = node.spawn_receiver(receiver, name=name)
+    receiver.process = server.process = process
+    process.spine_levels = server.spine_levels
+    process.initial_call = (Atom("gen_server"), Atom("init_it"), 6)
+    return process
+
+
+class PendingCall:
+    """A `gen_server:call` under way, without a coroutine: exactly one of its callbacks' outcomes will be reported.
+
+    `on_done(reply, error)`: `error` is None and `reply` the term, or `error` says why there is none. `cancel` drops the
+    call; a reply that comes later is thrown away. With `watched=False` no monitor is set: the caller watches the
+    server itself and calls `fail` when it is gone.
+    """
+
+    __slots__ = ("_alias", "_monitor", "_node", "_on_done", "_timer", "target")
+
+    def __init__(
+        self,
+        node: Node,
+        target: Term,
+        request: Term,
+        on_done: Callable[[Term, CallError | None], None],
+        *,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+        spine_levels: int | None = None,
+        watched: bool = True,
+    ) -> None:
+        self._node = node
+        self._on_done: Callable[[Term, CallError | None], None] | None = on_done
+        self.target = target
+        self._timer: asyncio.TimerHandle | None = None
+        self._monitor: Monitor | None = None
+        sender = node.client.pid
+        # The message is {Tag, Reply}: one level more than the reply itself.
+        self._alias = node.open_alias(self._replied, None if spine_levels is None else spine_levels + 1)
+        if watched:
+            self._monitor = node.monitor(target, self._down, sender, self._alias)
+        node.send(target, (GEN_CALL, (sender, ImproperList([ALIAS], self._alias)), request), sender)
+        if timeout_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out, timeout_s)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        self._on_done = None
+        self._end()
+
+    def fail(self, error: CallError) -> None:
+        """End the call with `error`, unless it has ended already."""
+        on_done = self._on_done
+        if on_done is not None:
+            self._on_done = None
+            self._end()
+            on_done(None, error)
+
+    def _end(self) -> None:
+        self._node.close_alias(self._alias)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._monitor is not None:
+            self._node.demonitor(self._monitor)
+
+    def _replied(self, message: Term) -> None:
+        on_done = self._on_done
+        if on_done is None or type(message) is not tuple or len(message) != 2:
+            return
+        self._on_done = None
+        self._end()
+        on_done(message[1], None)
+
+    def _down(self, monitor: Monitor, reason: Term) -> None:
+        self.fail(down_error(self.target, reason))
+
+    def _timed_out(self, timeout_s: float) -> None:
+        self.fail(CallTimeout(TIMEOUT_REASON, f"{_shown(self.target)} did not answer within {timeout_s:g} s"))
+
+
+def down_error(target: Term, reason: Term) -> CallError:
+    """The error of a call whose server went down with `reason`."""
+    if reason is NOPROC:
+        return NoProcess(NOPROC, f"no process {_shown(target)}")
+    if reason is NOCONNECTION:
+        node = target.node if type(target) is Pid else target[1] if type(target) is tuple else target
+        return ConnectionLost((NODEDOWN, node), f"the connection to {node} broke before {_shown(target)} answered")
+    return ProcessDied(reason, f"{_shown(target)} exited before it answered: {reason!r}")
+
+
+def _shown(target: Term) -> str:
+    if type(target) is tuple:
+        return f"{target[0]} on {target[1]}"
+    return str(target)
+
+
+async def call(
+    node: Node,
+    target: Term,
+    request: Term,
+    *,
+    timeout_s: float | None = CALL_TIMEOUT_S,
+    spine_levels: int | None = None,
+) -> Term:
+    """`gen_server:call(Target, Request, Timeout)`: `target` is a pid, a local name or `(name, node)`.
+
+    Raises `NoProcess`, `ConnectionLost`, `ProcessDied` or `CallTimeout`; None as timeout waits for ever. Cancelling the
+    coroutine drops the call.
+    """
+    done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+
+    def finish(reply: Term, error: CallError | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(reply)
+        else:
+            done.set_exception(error)
+
+    pending = PendingCall(node, target, request, finish, timeout_s=timeout_s, spine_levels=spine_levels)
+    try:
+        return await done
+    except asyncio.CancelledError:
+        pending.cancel()
+        raise
+
+
+def cast(node: Node, target: Term, message: Term, sender: Pid | None = None) -> None:
+    """`gen_server:cast(Target, Message)`: no answer, no error."""
+    node.send(target, (GEN_CAST, message), sender)
+
+
+async def stop(
+    node: Node, target: Pid | Reference, reason: Term = NORMAL, *, timeout_s: float = CALL_TIMEOUT_S
+) -> None:
+    """`gen_server:stop(Target, Reason, Timeout)`: have a server terminate, and wait until it has."""
+    gone: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+
+    def down(monitor: Monitor, why: Term) -> None:
+        if not gone.done():
+            gone.set_result(why)
+
+    monitor = node.monitor(target, down)
+    tag = node.make_reference()
+    node.send(target, (SYSTEM, (node.client.pid, tag), (Atom("terminate"), reason)))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await gone
+    except TimeoutError:
+        raise CallTimeout(TIMEOUT_REASON, f"{_shown(target)} did not stop within {timeout_s:g} s") from None
+    finally:
+        node.demonitor(monitor)
