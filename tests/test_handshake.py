@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import md5
 from typing import Any
 
@@ -422,7 +423,12 @@ def test_a_stalled_handshake_says_what_it_waited_for() -> None:
 
 def test_methods_called_at_the_wrong_time_are_our_own_mistake() -> None:
     machine = acceptor()
-    for call in (lambda: machine.receive(b""), lambda: machine.accept("ok", "x"), lambda: machine.confirm_alive(True)):
+    calls: list[Callable[[], object]] = [
+        lambda: machine.receive(b""),
+        lambda: machine.accept("ok", "x"),
+        lambda: machine.confirm_alive(True),
+    ]
+    for call in calls:
         with pytest.raises(LocalProtocolError):
             call()
     machine.start()

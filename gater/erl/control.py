@@ -523,6 +523,20 @@ MESSAGES: Final[Mapping[int, type[ControlMessage]]] = MappingProxyType(
 """The class of each opcode."""
 
 
+_TYPE_NAMES: Final[dict[type, str]] = {
+    Pid: "a pid",
+    Reference: "a reference",
+    Atom: "an atom",
+    bool: "an atom",
+    type(None): "an atom",
+    int: "an integer",
+    float: "a float",
+    bytes: "a binary",
+    list: "a list",
+    tuple: "a tuple",
+}
+
+
 def parse(control: Term) -> ControlMessage:
     """The message of a control tuple.
 
@@ -552,9 +566,9 @@ def parse(control: Term) -> ControlMessage:
 def _check(layout: _Format, control: tuple[Term, ...]) -> None:
     for position, types in layout.allowed:
         if type(control[position]) not in types:
-            expected = " or ".join(sorted(each.__name__ for each in types))
+            expected = " or ".join(sorted({_TYPE_NAMES[each] for each in types}))
             raise RemoteProtocolError(
-                f"{layout.message.__name__}: {layout.names[position - 1]} is a {expected}, "
+                f"{layout.message.__name__}: {layout.names[position - 1]} is {expected}, "
                 f"{_kind(control[position])} came"
             )
 
@@ -578,7 +592,7 @@ def _parse_altact(control: tuple[Term, ...]) -> AltActSigSend:
     flags, sender_pid, to = control[1:4]
     wanted = Reference if flags & AltActFlag.ALIAS else Atom if flags & AltActFlag.NAME else Pid
     if type(to) is not wanted and not (wanted is Atom and atom_name(to) is not None):
-        raise RemoteProtocolError(f"AltActSigSend: to is a {wanted.__name__} under these flags, {_kind(to)} came")
+        raise RemoteProtocolError(f"AltActSigSend: to is {_TYPE_NAMES[wanted]} under these flags, {_kind(to)} came")
     if not flags & AltActFlag.TOKEN:
         return AltActSigSend(flags, sender_pid, to)
     if len(control) < 5:
@@ -589,7 +603,7 @@ def _parse_altact(control: tuple[Term, ...]) -> AltActSigSend:
 def _kind(term: Term) -> str:
     """What to call a term of a peer in an error, whatever its size."""
     name = atom_name(term)
-    return f"the atom {name!r}" if name is not None else f"a term of type {type(term).__name__}"
+    return f"the atom {name!r}" if name is not None else _TYPE_NAMES.get(type(term), "another term")
 
 
 SpawnReplyMode: TypeAlias = Literal["yes", "no", "error_only", "success_only"]
