@@ -460,7 +460,7 @@ _WORKER_DIED: Final = Atom("worker_died")
 _UNKNOWN_OUTCOME: Final = Atom("unknown_outcome")
 _STORAGE_FAILED: Final = Atom("storage_failed")
 _REPLY_TOO_LARGE: Final = Atom("reply_too_large")
-_NOT_FOUND: Final = Atom("not_found")
+NOT_FOUND: Final = Atom("not_found")
 _KHEPRI: Final = Atom("khepri")
 _NODE_NOT_FOUND: Final = Atom("node_not_found")
 OVERLOADED: Final = Atom("overloaded")
@@ -538,7 +538,7 @@ def node_not_found(path: list[Term], *, is_target: bool) -> Term:
 
 def is_not_found(reason: Term) -> bool:
     """Whether an error reason says that there is no such snapshot."""
-    if reason is _NOT_FOUND:
+    if reason is NOT_FOUND:
         return True
     return type(reason) is tuple and len(reason) == 3 and reason[0] is _KHEPRI and reason[1] is _NODE_NOT_FOUND
 
@@ -782,15 +782,15 @@ def _stream(spec: RequestSpec, store: Atom, term: Term) -> bytes:
 
 def new_event_problem(term: Term) -> str | None:
     """What is wrong with an event to be appended, as the end of a sentence, or None."""
-    if type(term) is dict and term.get(STRUCT) is NEW_EVENT and term.keys() >= _NEW_EVENT_FIELDS:
+    if type(term) is dict and term.get(STRUCT) is NEW_EVENT and term.keys() >= NEW_EVENT_FIELDS:
         return None
     if not is_struct(term, NEW_EVENT):
         return f"is not an ExESDB.Schema.NewEvent but {show(term)}"
-    missing = sorted(key.name for key in _NEW_EVENT_FIELDS if key not in term)
+    missing = sorted(key.name for key in NEW_EVENT_FIELDS if key not in term)
     return f"lacks {', '.join(missing)}: build it with %ExESDB.Schema.NewEvent{{}}" if missing else None
 
 
-_NEW_EVENT_FIELDS: Final = frozenset(
+NEW_EVENT_FIELDS: Final = frozenset(
     (EVENT_ID, EVENT_TYPE, DATA, METADATA, DATA_CONTENT_TYPE, METADATA_CONTENT_TYPE)
 )  # those `StreamsHelper.to_event_record/5` reads
 
