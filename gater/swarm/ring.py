@@ -1,8 +1,8 @@
 """Which node owns a key: consistent hashing as libring does it, and Swarm's two distribution strategies over it.
 
 Follows libring 1.7 (`lib/ring.ex`) and Swarm 3.4 (`lib/swarm/distribution/`), because every member of a Swarm cluster
-must place a name on the same node. Each node has 128 points on a circle of 2^32 - 1; a key belongs to the node of the first
-point at or after its own hash. Hashes are `erlang:phash2/2`.
+must place a name on the same node. Each node has 128 points on a circle of 2^32 - 1; a key belongs to the node of the
+first point at or after its own hash. Hashes are `erlang:phash2/2`.
 
 Left to others: who is on the ring (`tracker.py`).
 """
@@ -115,7 +115,7 @@ class HashRing:
 
 
 class StaticQuorumRing:
-    """Swarm's `Swarm.Distribution.StaticQuorumRing`: a ring that owns nothing while it has fewer than `quorum` nodes."""
+    """Swarm's `Swarm.Distribution.StaticQuorumRing`: a ring that owns nothing while it is below `quorum` nodes."""
 
     def __init__(self, quorum: int = 2, *, utf8_atoms: bool = False) -> None:
         if quorum < 1:
