@@ -1,0 +1,141 @@
+"""EPMD with the real ones: our client against `epmd`, and `epmd`'s client and Erlang nodes against our server."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+
+import pytest
+
+from erlang_interop_tests.beam import LOOPBACK, Beams, Epmd, wait_until
+from gater.erl.epmd import BuiltinEpmd, NameTaken, lookup, names, register
+from gater.erl.epmd_protocol import NODE_HIDDEN, NODE_NORMAL, NodeEntry
+from gater.erl.terms import Atom
+
+PROGRAM_TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+async def builtin() -> AsyncIterator[BuiltinEpmd]:
+    started = BuiltinEpmd()
+    await started.start([LOOPBACK], 0)
+    yield started
+    await started.close()
+
+
+async def run_epmd(port: int, *arguments: str) -> tuple[int, str]:
+    """The exit code and output of the program `epmd` used as a client."""
+    program = shutil.which("epmd")
+    assert program is not None, "epmd is not installed (Debian package: erlang-base)"
+    process = await asyncio.create_subprocess_exec(
+        program,
+        *("-port", str(port), *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), PROGRAM_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_our_client_registers_at_a_real_epmd(epmd: Epmd) -> None:
+    registration = await register("gater", 5000, epmd_port=epmd.port)
+    assert registration.creation >= 4
+    found = await lookup("gater", LOOPBACK, epmd_port=epmd.port)
+    assert found == NodeEntry("gater", 5000, NODE_HIDDEN)
+    assert await names(LOOPBACK, epmd_port=epmd.port) == {"gater": 5000}
+    assert await lookup("nobody", LOOPBACK, epmd_port=epmd.port) is None
+    with pytest.raises(NameTaken):
+        await register("gater", 5001, epmd_port=epmd.port)
+    registration.close()
+
+    async def gone() -> bool:
+        return not await names(LOOPBACK, epmd_port=epmd.port)
+
+    await wait_until(gone, what="the name given up")
+
+
+async def test_the_restart_of_a_real_epmd_is_noticed(epmd: Epmd) -> None:
+    lost = asyncio.Event()
+    registration = await register("gater", 5000, epmd_port=epmd.port, on_lost=lost.set)
+    await epmd.stop()
+    await asyncio.wait_for(lost.wait(), PROGRAM_TIMEOUT_S)
+    assert not registration.is_held
+    await epmd.start()
+    again = await register("gater", 5000, epmd_port=epmd.port)
+    assert await epmd.names() == {"gater": 5000}
+    again.close()
+
+
+async def test_the_epmd_program_lists_the_names_of_our_server(builtin: BuiltinEpmd) -> None:
+    first = await register("gater", 5000, epmd_port=builtin.port)
+    second = await register("zoë", 5001, epmd_port=builtin.port)
+    code, output = await run_epmd(builtin.port, "-names")
+    assert code == 0
+    assert f"up and running on port {builtin.port} with data:" in output
+    assert "name gater at port 5000\n" in output
+    assert "name zoë at port 5001\n" in output
+    _, dump = await run_epmd(builtin.port, "-dump")
+    assert "active name     <gater> at port 5000" in dump
+    first.close()
+    second.close()
+
+
+async def test_the_epmd_program_cannot_end_our_server(builtin: BuiltinEpmd) -> None:
+    registration = await register("gater", 5000, epmd_port=builtin.port)
+    _, output = await run_epmd(builtin.port, "-kill")
+    assert "Killing not allowed" in output
+    await run_epmd(builtin.port, "-stop", "gater")
+    assert await names(LOOPBACK, epmd_port=builtin.port) == {"gater": 5000}
+    registration.close()
+
+
+async def test_a_second_real_epmd_leaves_our_server_alone(builtin: BuiltinEpmd) -> None:
+    await run_epmd(builtin.port, "-address", LOOPBACK)
+    assert await names(LOOPBACK, epmd_port=builtin.port) == {}
+
+
+async def test_erlang_nodes_find_each_other_through_our_server(builtin: BuiltinEpmd, beam: Beams, otp: int) -> None:
+    await beam.use_epmd_port(builtin.port)
+    one = await beam.start("erlang", otp=otp)
+    two = await beam.start("erlang", otp=otp, hidden=True)
+    assert one.name is not None
+    assert two.name is not None
+    assert await one.eval("net_adm:ping(Node)", Node=two.atom) is Atom("pong")
+    alive, _, host = one.name.partition("@")
+    assert builtin.nodes[alive].node_type == NODE_NORMAL
+    ok, listed = await two.eval("erl_epmd:names(Host)", Host=[ord(character) for character in host])
+    assert ok is Atom("ok")
+    assert {"".join(map(chr, name)) for name, _ in listed} == set(builtin.nodes)
+    creation = await one.eval("erts_internal:get_creation()")
+    assert creation > 3
+    await one.kill()
+    await wait_until(lambda: alive not in builtin.nodes, what="the name of a dead node free again")
+
+
+async def test_an_erlang_node_registers_again_when_our_server_is_back(beam: Beams, builtin: BuiltinEpmd) -> None:
+    await beam.use_epmd_port(builtin.port)
+    node = await beam.start("erlang")
+    assert node.name is not None
+    await builtin.close()
+    second = BuiltinEpmd()
+    await second.start([LOOPBACK], builtin.port)
+    try:
+        await wait_until(lambda: node.name.partition("@")[0] in second.nodes, 15.0, what="the node registered again")
+    finally:
+        await second.close()
+
+
+async def test_a_taken_name_stops_an_erlang_node(builtin: BuiltinEpmd, beam: Beams) -> None:
+    registration = await register("taken", 5000, epmd_port=builtin.port)
+    await beam.use_epmd_port(builtin.port)
+    with pytest.raises(AssertionError, match=r"duplicate_name|seems to be in use"):
+        await beam.start("erlang", name=f"taken@{LOOPBACK}")
+    registration.close()
