@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from erlang_interop_tests.beam import BeamNode, Beams, Epmd, beams
+from erlang_interop_tests.standin import StandInCluster, standin_cluster
 
 
 @pytest.fixture
@@ -40,3 +41,17 @@ async def erl_node(beam: Beams, otp: int) -> BeamNode:
 async def elixir_node(beam: Beams) -> BeamNode:
     """An Elixir node (Debian's, on OTP 25)."""
     return await beam.start("elixir")
+
+
+@pytest.fixture
+async def standin(beam: Beams) -> AsyncIterator[StandInCluster]:
+    """A stand-in store of one member."""
+    async with standin_cluster(beam) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def standin_of_three(beam: Beams) -> AsyncIterator[StandInCluster]:
+    """A stand-in cluster of three members."""
+    async with standin_cluster(beam, 3) as cluster:
+        yield cluster
