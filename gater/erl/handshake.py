@@ -376,16 +376,18 @@ class Handshake:
     def accept(self, status: AcceptStatus, cookie: str | None = None) -> list[Effect]:
         """Acceptor's owner: the answer to `PeerNamed`, and the cookie to demand from that peer.
 
-        | status            | when                                                                   | then              |
-        |-------------------|------------------------------------------------------------------------|-------------------|
-        | `ok`              | no other connection with this peer                                     | challenge is sent |
-        | `ok_simultaneous` | we were connecting to it too; its attempt wins, ours is given up       | challenge is sent |
-        | `alive`           | a connection to it is up: the peer is asked whether that one is dead   | `true`: challenge is sent, the old connection is to be dropped at `Completed`; `false`: HandshakeError |
-        | `nok`             | we are connecting to it too, and our attempt wins                      | close after sending |
-        | `not_allowed`     | we do not want this peer                                               | close after sending |
+        | status            | when                                                       | then              |
+        |-------------------|------------------------------------------------------------|-------------------|
+        | `ok`              | no other connection with this peer                         | challenge is sent |
+        | `ok_simultaneous` | we are connecting to it too, and its attempt wins          | challenge is sent |
+        | `alive`           | a connection to it is up: the peer is asked about that one | its answer counts |
+        | `nok`             | we are connecting to it too, and our attempt wins          | close             |
+        | `not_allowed`     | we do not want this peer                                   | close             |
 
-        (`pick_simultaneous` decides between `ok_simultaneous` and `nok`.)
-        """  # noqa: E501
+        `pick_simultaneous` decides between `ok_simultaneous` (our own attempt is to be given up) and `nok`. After
+        `alive` the peer answers `true` (the old connection is dead: the handshake goes on, and the old one is to be
+        dropped at `Completed`) or `false`, which raises HandshakeError.
+        """
         self._expect_state(State.OWNER, "accept")
         if self._role != "acceptor":
             raise LocalProtocolError("accept() is for acceptors; an initiator's owner calls confirm_alive()")
