@@ -62,7 +62,7 @@ COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-h
 lock:
 	echo "setuptools>=77" | $(COMPILE) --only-binary :all: pyproject.toml - -o requirements.lock
 	echo "setuptools>=77" | $(COMPILE) --only-binary :all: --extra test --extra lint pyproject.toml - -o requirements-test.lock
-	$(COMPILE) --no-deps --extra bench -c requirements.lock pyproject.toml -o requirements-bench.lock
+	$(COMPILE) --extra bench -c requirements-test.lock pyproject.toml -o requirements-bench.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
