@@ -1,0 +1,302 @@
+"""The Python client: `async with Gateway.connect("gater@127.0.0.1", cookie="secret") as gateway: ...`.
+
+A client is a small Erlang node of its own. It connects to nodes that hold stores, or to gateways, and finds the workers
+there; from then on a request goes the same way as a request of an Elixir caller (`Service`). Terms come and go as the
+typed values of `schema`; an `{:error, reason}` becomes an exception of `gater.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from gater.api import schema
+from gater.api.discovery import Discovery
+from gater.api.schema import (
+    Expected,
+    NewEvent,
+    RecordedEvent,
+    Rejected,
+    Request,
+    Snapshot,
+    StoreInfo,
+    Subscription,
+)
+from gater.api.service import Service, decoded
+from gater.erl import NodeOptions, make_node
+from gater.erl.errors import ErlError, NotConnected
+from gater.erl.node import Node
+from gater.erl.terms import Atom, Term
+
+Direction: TypeAlias = Literal["forward", "backward"]
+
+PAGE_EVENTS: Final = 500
+"""Events asked for at once by the iterators: large enough to hide the round trip, small enough to start quickly."""
+
+CONNECT_TIMEOUT_S: Final = 10.0
+"""How long `Gateway.connect` tries to reach a node before it gives up."""
+
+_DIRECTIONS: Final = {"forward": schema.FORWARD, "backward": schema.BACKWARD}
+
+
+class Gateway:
+    """A client of ExESDB stores. Made by `Gateway.connect`.
+
+    Every method takes the store's id first. `timeout_s` bounds each request. Raised: `WrongExpectedVersion`,
+    `StoreNotFound`, `NoWorkerAvailable`, `CallTimeout`, `WorkerDied`, `UnknownOutcome`, `InvalidRequest`, `Overloaded`,
+    `Draining`, or `RequestFailed` for any other `{:error, reason}`.
+    """
+
+    def __init__(self, service: Service, *, timeout_s: float | None = None) -> None:
+        self._service = service
+        self._timeout_s = timeout_s
+
+    @staticmethod
+    @asynccontextmanager
+    async def connect(
+        *nodes: str,
+        cookie: str | None = None,
+        name: str | None = None,
+        options: NodeOptions | None = None,
+        timeout_s: float | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> AsyncIterator[Gateway]:
+        """Start a client node, connect it to `nodes` (store nodes or gateways; one that answers is enough) and use it.
+
+        `cookie` is the cluster's, by default the one in `~/.erlang.cookie`. `name` is the client node's own name, by
+        default a random one on 127.0.0.1 or, if the first node's host is no loopback address, on this host.
+        Raises `NotConnected` or `HandshakeError` if no node can be reached within `connect_timeout_s` seconds.
+        """
+        if not nodes:
+            raise ValueError("Gateway.connect needs the name of at least one node")
+        node = make_node(
+            name or _client_name(nodes[0]), cookie=_default_cookie() if cookie is None else cookie, options=options
+        )
+        async with node:
+            service = Service(node)
+            discovery = Discovery(service, through_gateways=True)
+            await _connect_to_any(node, nodes, connect_timeout_s)
+            discovery.start()
+            try:
+                yield Gateway(service, timeout_s=timeout_s)
+            finally:
+                discovery.stop()
+
+    @property
+    def node(self) -> Node:
+        """The Erlang node this client is."""
+        return self._service.node
+
+    # Events
+
+    async def append_events(
+        self, store: str, stream: str, events: NewEvent | Sequence[NewEvent], expected_version: Expected = "any"
+    ) -> int:
+        """Append events; the stream's new version.
+
+        `expected_version` is the version the stream must have: a number (-1: it must not exist), `"any"` or
+        `"stream_exists"`; if it has another, `WrongExpectedVersion` is raised and nothing is written. `UnknownOutcome`
+        is raised when the store was asked and did not answer.
+        """
+        batch = [events] if isinstance(events, NewEvent) else list(events)
+        version = await self._ask(schema.append_events_request(Atom(store), stream, batch, expected_version))
+        return int(version)
+
+    async def get_events(
+        self,
+        store: str,
+        stream: str,
+        start_version: int = 0,
+        count: int = PAGE_EVENTS,
+        direction: Direction = "forward",
+    ) -> list[RecordedEvent]:
+        """At most `count` events from `start_version` on, upwards or downwards; [] if there are none."""
+        request = schema.get_events_request(Atom(store), stream, start_version, count, _DIRECTIONS[direction])
+        return [RecordedEvent.from_term(event) for event in await self._ask(request)]
+
+    async def stream_forward(
+        self, store: str, stream: str, start_version: int = 0, count: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        """All events from `start_version` on (at most `count`), read page by page while they are asked for."""
+        position, left = start_version, count
+        while left is None or left > 0:
+            size = PAGE_EVENTS if left is None else min(PAGE_EVENTS, left)
+            page = await self.get_events(store, stream, position, size)
+            for event in page:
+                yield event
+            if not page:
+                return
+            position = page[-1].event_number + 1
+            left = None if left is None else left - len(page)
+
+    async def stream_backward(
+        self, store: str, stream: str, start_version: int | None = None, count: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        """All events from `start_version` (None: the last one) down to the first (at most `count`), page by page."""
+        position = await self.get_version(store, stream) if start_version is None else start_version
+        left = count
+        while position >= 0 and (left is None or left > 0):
+            size = PAGE_EVENTS if left is None else min(PAGE_EVENTS, left)
+            page = await self.get_events(store, stream, position, size, "backward")
+            for event in page:
+                yield event
+            # A page may be empty because the start lies above the last event: numbers below it are still to be read.
+            position = page[-1].event_number - 1 if page else position - size
+            left = None if left is None else left - len(page)
+
+    async def get_version(self, store: str, stream: str) -> int:
+        """The number of the last event of a stream; -1 if it has none."""
+        return int(await self._ask(schema.get_version_request(Atom(store), stream)))
+
+    async def get_streams(self, store: str) -> list[str]:
+        """The names of all streams of a store."""
+        return [_text(name) for name in await self._ask(schema.store_request("get_streams", Atom(store)))]
+
+    async def list_stores(self) -> list[StoreInfo]:
+        """The stores of the cluster."""
+        return [StoreInfo.from_term(entry) for entry in await self._ask(schema.list_stores_request())]
+
+    async def get_subscriptions(self, store: str) -> list[Subscription]:
+        """The subscriptions saved in a store."""
+        saved = await self._ask(schema.store_request("get_subscriptions", Atom(store)))
+        return [Subscription.from_term(each) for each in saved.values()]
+
+    # Snapshots
+
+    async def record_snapshot(
+        self, store: str, source: str, stream: str, version: int, record: Snapshot | Term
+    ) -> None:
+        """Save a snapshot. Returns when the request has been sent: the original acknowledges nothing here."""
+        self._tell(schema.record_snapshot_cast(Atom(store), source, stream, version, record))
+
+    async def read_snapshot(self, store: str, source: str, stream: str, version: int) -> Snapshot | Term | None:
+        """The snapshot of that version, None if there is none; no `SnapshotRecord`: the term that was recorded."""
+        request = schema.read_snapshot_request(Atom(store), source, stream, version)
+        reply = await self._reply(request)
+        if reply[0] is schema.ERROR and schema.is_not_found(reply[1]):
+            return None
+        return _snapshot(self._result(request, reply))
+
+    async def delete_snapshot(self, store: str, source: str, stream: str, version: int) -> None:
+        """Delete a snapshot. Returns when the request has been sent."""
+        self._tell(schema.delete_snapshot_cast(Atom(store), source, stream, version))
+
+    async def list_snapshots(
+        self, store: str, source: str | None = None, stream: str | None = None
+    ) -> dict[tuple[str, str, int], Snapshot | Term]:
+        """The snapshots of a source and stream (None: any), by (source, stream, version)."""
+        request = schema.list_snapshots_request(
+            Atom(store), schema.ANY if source is None else source, schema.ANY if stream is None else stream
+        )
+        found: Mapping[Term, Term] = await self._ask(request)
+        return {(_text(path[1]), _text(path[2]), int(path[3])): _snapshot(record) for path, record in found.items()}
+
+    # Checks
+
+    async def verify_cluster_consistency(self, store: str) -> Mapping[Term, Term]:
+        """Compare the members' views of the store's cluster; the original's map, with atoms as keys."""
+        return await self._check("verify_cluster_consistency", store)
+
+    async def quick_health_check(self, store: str) -> Mapping[Term, Term]:
+        """Members and status of the store's cluster."""
+        return await self._check("quick_health_check", store)
+
+    async def verify_membership_consensus(self, store: str) -> Mapping[Term, Term]:
+        """Whether all members agree who the members are."""
+        return await self._check("verify_membership_consensus", store)
+
+    async def check_raft_log_consistency(self, store: str) -> Mapping[Term, Term]:
+        """Compare the members' Raft logs."""
+        return await self._check("check_raft_log_consistency", store)
+
+    async def _check(self, op: str, store: str) -> Mapping[Term, Term]:
+        found: Mapping[Term, Term] = await self._ask(schema.store_request(op, Atom(store)))
+        return found
+
+    # Requests
+
+    async def _ask(self, request: Term) -> Any:
+        return self._result(request, await self._reply(request))
+
+    async def _reply(self, request: Term) -> tuple[Term, Term]:
+        answered: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Term) -> None:
+            if not answered.done():
+                answered.set_result(reply)
+
+        self._service.call(request, on_reply, self._timeout_s)
+        reply = decoded(await answered)
+        if type(reply) is tuple and len(reply) == 2:
+            return reply
+        return (schema.ERROR, reply)
+
+    @staticmethod
+    def _result(request: Term, reply: tuple[Term, Term]) -> Term:
+        if reply[0] is schema.OK:
+            return reply[1]
+        checked = schema.check_request(request, cast=False)
+        if isinstance(checked, Rejected):
+            checked = Request(
+                schema.RequestSpec(str(request[0]), 0, False, False, False, _unchecked), None, None, request
+            )
+        raise schema.exception_for(reply[1], checked)
+
+    def _tell(self, request: Term) -> None:
+        refused = self._service.cast(request)
+        if refused is not None:
+            self._result(request, refused.reply)
+
+
+def _unchecked(spec: schema.RequestSpec, term: tuple[Term, ...]) -> Request:
+    return Request(spec, None, None, term)
+
+
+def _text(name: Term) -> str:
+    return name.decode() if type(name) is bytes else str(name)
+
+
+def _snapshot(record: Term) -> Snapshot | Term:
+    return Snapshot.from_term(record) if schema.is_struct(record, schema.SNAPSHOT_RECORD) else record
+
+
+def _client_name(peer: str) -> str:
+    host = peer.partition("@")[2]
+    return f"gater_client_{os.getpid()}_{secrets.token_hex(4)}@{host if host.startswith('127.') else '127.0.0.1'}"
+
+
+def _default_cookie() -> str:
+    try:
+        return (Path.home() / ".erlang.cookie").read_text().strip()
+    except OSError as error:
+        raise ValueError(f"give a cookie: {error.strerror}: ~/.erlang.cookie") from error
+
+
+async def _connect_to_any(node: Node, peers: Iterable[str], timeout_s: float) -> None:
+    """Connect to all peers at once; done when the first one is up, an error when none can be reached."""
+    attempts = {asyncio.ensure_future(node.connect(peer)) for peer in peers}
+    problem: BaseException = NotConnected(f"no node answered within {timeout_s:g} s")
+    try:
+        async with asyncio.timeout(timeout_s):
+            while attempts:
+                done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    error = attempt.exception()
+                    if error is None:
+                        return
+                    if not isinstance(error, ErlError):
+                        raise error
+                    problem = error
+    except TimeoutError:
+        pass
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+            # What fails later is reported by the node's log.
+            attempt.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    raise problem

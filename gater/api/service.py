@@ -1,0 +1,385 @@
+"""The gateway itself: one request in, one reply out, always.
+
+All three doors (`server.py`: rpc functions and the API GenServer; `gateway.py`: the Python client) end here:
+`Service.call(request, on_reply)` takes a gateway worker request as a term and calls back exactly once with
+`{:ok, result}` or `{:error, reason}`, at the latest when the request's time is up.
+
+What happens to a call:
+
+    checked -> refused: {:error, reason}
+            -> no worker known -> registries asked again -> still none: {:error, {:store_not_found |
+            :no_worker_available, _}} -> sent -> reply: passed on as it came (its payload is not decoded)
+                    -> worker gone before it could have begun (`noproc`) -> another worker
+                    -> worker died, connection lost or no answer in time
+                         reads: another worker while there is time, else {:error, {:worker_died | :call_timeout, _}}
+                         writes: {:error, {:unknown_outcome, text}}
+
+Replies of the original that say less than they could are completed: a bare `{:error, :wrong_expected_version}` (the
+answer of a worker that lost a race) gets the current version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias
+
+import structlog
+
+from gater.api import schema
+from gater.api.router import Router, Worker
+from gater.api.schema import Rejected, Request, check_request
+from gater.erl import etf
+from gater.erl.errors import CallError, EncodeError, NoProcess
+from gater.erl.gen_server import PendingCall, cast, down_error
+from gater.erl.node import Monitor, Node
+from gater.erl.terms import Atom, EncodedTerm, Term
+
+OnReply: TypeAlias = Callable[[Term], None]
+
+MAX_REQUESTS: Final = 10_000
+"""Requests under way at once; further ones are answered `{:error, :overloaded}`."""
+
+CALL_TIMEOUT_S: Final = 4.5
+"""How long a request may take if its caller does not say. Elixir callers give up after 5 s: the answer comes before."""
+
+MAX_ATTEMPTS: Final = 5
+"""Workers asked for one read, or found dead for one write, before the caller is told."""
+
+_WRONG_EXPECTED_VERSION: Final = Atom("wrong_expected_version")
+_REPLY_LEVELS: Final = 1
+
+log = structlog.get_logger(__name__)
+
+
+class Embedded(Protocol):
+    """What the service needs of an embedded store (`gater.store.EmbeddedStores`)."""
+
+    @property
+    def store_ids(self) -> tuple[Atom, ...]: ...
+
+    def submit(self, request: Request, on_reply: OnReply, /) -> None: ...
+
+    def cast(self, request: Request, /) -> Rejected | None: ...
+
+
+class Registries(Protocol):
+    """Who knows the cluster's workers; `refresh` asks again and calls back when the answers are in."""
+
+    def refresh(self, on_done: Callable[[], None], /) -> None: ...
+
+
+class Service:
+    """Routes and carries out requests. One of these serves a node."""
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        embedded: Embedded | None = None,
+        max_requests: int = MAX_REQUESTS,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> None:
+        self.node = node
+        self.router = Router(random.randrange)
+        self.embedded = embedded
+        self.registries: Registries | None = None
+        self.timeout_s = timeout_s
+        self.max_requests = max_requests
+        self._calls: dict[Worker, set[_Call]] = {}
+        self._monitors: dict[Worker, Monitor] = {}
+        self._under_way = 0
+        self._draining = False
+        self._idle: list[asyncio.Future[None]] = []
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not been answered yet."""
+        return self._under_way
+
+    def is_embedded(self, store: Atom | None) -> bool:
+        """Whether the embedded store of this node holds `store`."""
+        return self.embedded is not None and store in self.embedded.store_ids
+
+    # Requests
+
+    def call(self, request: Term, on_reply: OnReply, timeout_s: float | None = None, *, raw: Term = None) -> None:
+        """Carry out a call; `on_reply` is called once with the reply, which may be an `EncodedTerm` in its last part.
+
+        `raw` is the same request with its last element still encoded, if there is such: that is what is sent on.
+        """
+        if self._draining:
+            on_reply(schema.error(schema.DRAINING))
+            return
+        checked = check_request(request, cast=False)
+        if isinstance(checked, Rejected):
+            on_reply(checked.reply)
+            return
+        if self._under_way >= self.max_requests:
+            on_reply(schema.error(schema.OVERLOADED))
+            return
+        self._under_way += 1
+        to_send = raw if raw is not None and checked.term is request else checked.term
+        _Call(self, checked, to_send, on_reply, self.timeout_s if timeout_s is None else timeout_s).begin()
+
+    def cast(self, request: Term, *, raw: Term = None) -> Rejected | None:
+        """Carry out a cast; what is returned says why it could not be."""
+        if self._draining:
+            return Rejected(schema.DRAINING)
+        checked = check_request(request, cast=True)
+        if isinstance(checked, Rejected):
+            return checked
+        if self.is_embedded(checked.store):
+            assert self.embedded is not None
+            return self.embedded.cast(checked)
+        worker = self.router.choose(checked.store)
+        if worker is None:
+            return Rejected(self.missing(checked.store))
+        cast(self.node, worker.address, raw if raw is not None and checked.term is request else checked.term)
+        return None
+
+    def missing(self, store: Atom | None) -> Term:
+        """The reason why there is no worker for `store`."""
+        if store is not None and not self.router.is_known(store):
+            return schema.store_not_found(store)
+        return schema.no_worker_available(store or Atom("any"))
+
+    def done(self) -> None:
+        """A call has been answered."""
+        self._under_way -= 1
+        if self._under_way == 0:
+            for waiting in self._idle:
+                if not waiting.done():
+                    waiting.set_result(None)
+            self._idle.clear()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new requests and wait until those under way are answered; False if time ran out first."""
+        self._draining = True
+        if self._under_way == 0:
+            return True
+        idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(idle)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await idle
+        except TimeoutError:
+            return False
+        return True
+
+    # Workers
+
+    def watch(self, worker: Worker) -> None:
+        """Learn at once when this worker dies."""
+        if worker not in self._monitors:
+            self._monitors[worker] = self.node.monitor(
+                worker.address, lambda monitor, reason: self._worker_down(worker, reason)
+            )
+
+    def unwatch(self, worker: Worker, reason: Term) -> None:
+        """This worker does not count any more; whoever waits for it is told `reason`."""
+        monitor = self._monitors.pop(worker, None)
+        if monitor is not None:
+            self.node.demonitor(monitor)
+        self._fail_calls(worker, reason)
+
+    def _worker_down(self, worker: Worker, reason: Term) -> None:
+        self._monitors.pop(worker, None)
+        self.router.remove(worker)
+        log.info("worker_down", store=str(worker.store), worker=str(worker.address), reason=repr(reason)[:200])
+        self._fail_calls(worker, reason)
+        if self.registries is not None:
+            self.registries.refresh(lambda: None)
+
+    def _fail_calls(self, worker: Worker, reason: Term) -> None:
+        for call in list(self._calls.pop(worker, ())):
+            call.worker_down(down_error(worker.address, reason))
+
+    def attach(self, call: _Call, worker: Worker) -> None:
+        """`call` waits for `worker`."""
+        worker.load += 1
+        self._calls.setdefault(worker, set()).add(call)
+
+    def detach(self, call: _Call, worker: Worker) -> None:
+        """`call` does not wait for `worker` any more."""
+        worker.load -= 1
+        calls = self._calls.get(worker)
+        if calls is not None:
+            calls.discard(call)
+
+
+class _Call:
+    """One request under way: at most one worker at a time, exactly one reply."""
+
+    __slots__ = (
+        "_attempts",
+        "_deadline",
+        "_on_reply",
+        "_pending",
+        "_request",
+        "_service",
+        "_term",
+        "_timer",
+        "_tried",
+        "_worker",
+    )
+
+    def __init__(self, service: Service, request: Request, term: Term, on_reply: OnReply, timeout_s: float) -> None:
+        self._service = service
+        self._request = request
+        self._term = term
+        self._on_reply: OnReply | None = on_reply
+        self._attempts = 0
+        self._tried: list[Worker] = []
+        self._pending: PendingCall | None = None
+        self._worker: Worker | None = None
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + timeout_s
+        self._timer = loop.call_later(timeout_s, self._timed_out, timeout_s)
+
+    def begin(self) -> None:
+        """Send the request to whoever can answer it."""
+        service, request = self._service, self._request
+        if service.is_embedded(request.store):
+            assert service.embedded is not None
+            service.embedded.submit(request, self._answer)
+            return
+        if request.store is None and service.embedded is not None:
+            service.embedded.submit(request, self._merge_stores)
+            return
+        self._send()
+
+    def _send(self, *, refreshed: bool = False) -> None:
+        service, request = self._service, self._request
+        worker = service.router.choose(request.store, self._tried)
+        if worker is None and request.op == "get_version" and not service.router.is_known(request.store):
+            # As the original: any worker answers, for a store it does not know too.
+            worker = service.router.choose(None, self._tried)
+        if worker is None:
+            if refreshed or service.registries is None:
+                self._answer(schema.error(service.missing(request.store)))
+            else:
+                service.registries.refresh(self._refreshed)
+            return
+        self._worker = worker
+        service.attach(self, worker)
+        try:
+            self._pending = PendingCall(
+                service.node,
+                worker.address,
+                self._term,
+                self._replied,
+                timeout_s=None,
+                spine_levels=_REPLY_LEVELS,
+                watched=False,
+            )
+        except EncodeError as error:
+            self._answer(schema.error(schema.invalid_request(f"{request.op}: {error}")))
+
+    def _refreshed(self) -> None:
+        if self._on_reply is not None:
+            self._send(refreshed=True)
+
+    def _replied(self, reply: Term, error: CallError | None) -> None:
+        if self._on_reply is None:
+            return
+        if error is not None:
+            self.worker_down(error)
+            return
+        if type(reply) is tuple and len(reply) == 2 and reply[0] is schema.ERROR:
+            if reply[1] is _WRONG_EXPECTED_VERSION:
+                self._complete_refusal()
+                return
+        self._answer(reply)
+
+    def worker_down(self, error: CallError) -> None:
+        """The worker is gone (or was not there at all): try another one, or say so."""
+        worker = self._worker
+        if self._on_reply is None or worker is None:
+            return
+        self._let_go()
+        self._tried.append(worker)
+        self._attempts += 1
+        never_begun = isinstance(error, NoProcess)
+        if self._attempts < MAX_ATTEMPTS and (never_begun or self._request.idempotent):
+            if never_begun:
+                self._service.router.remove(worker)
+            self._send()
+        elif self._request.is_write and not never_begun:
+            self._answer(schema.error(schema.unknown_outcome(f"{error}; read the stream and look for the event ids")))
+        else:
+            self._answer(schema.error(schema.worker_died(error.reason)))
+
+    def _timed_out(self, timeout_s: float) -> None:
+        if self._request.is_write and self._worker is not None:
+            reason = schema.unknown_outcome(
+                f"no answer within {timeout_s:g} s; read the stream and look for the event ids"
+            )
+        else:
+            reason = schema.call_timeout(round(timeout_s * 1000))
+        self._answer(schema.error(reason))
+
+    def _complete_refusal(self) -> None:
+        """A worker that lost a race does not say at which version the stream is: ask."""
+        request = self._request
+        if request.store is None or request.stream is None:
+            self._answer(schema.error(_WRONG_EXPECTED_VERSION))
+            return
+        self._let_go()
+        remaining_s = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
+
+        def versioned(reply: Term) -> None:
+            match reply:
+                case (schema.OK, int(version)):
+                    self._answer(schema.error(schema.wrong_expected_version(version)))
+                case _:
+                    self._answer(schema.error(_WRONG_EXPECTED_VERSION))
+
+        self._service.call(schema.get_version_request(request.store, request.stream), versioned, remaining_s)
+
+    def _merge_stores(self, own: Term) -> None:
+        """`list_stores` of a node with an embedded store: its own and those of the cluster."""
+        service = self._service
+        if service.router.choose(None) is None:
+            self._answer(own)
+            return
+        finish = self._on_reply
+        if finish is None:
+            return
+
+        def merged(reply: Term) -> None:
+            match own, decoded(reply):
+                case (schema.OK, list(mine)), (schema.OK, list(theirs)):
+                    finish((schema.OK, mine + theirs))
+                case _:
+                    finish(own)
+
+        self._on_reply = merged
+        self._send()
+
+    def _let_go(self) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        if self._worker is not None:
+            self._service.detach(self, self._worker)
+            self._worker = None
+
+    def _answer(self, reply: Term) -> None:
+        on_reply, self._on_reply = self._on_reply, None
+        if on_reply is None:
+            return
+        self._let_go()
+        self._timer.cancel()
+        self._service.done()
+        on_reply(reply)
+
+
+def decoded(term: Term) -> Term:
+    """A term that `etf.decode_spine` gave, with its last element decoded too."""
+    if type(term) is EncodedTerm:
+        return etf.decode_term(term.data, 0, etf.AtomTable())[0]
+    if type(term) is tuple and term and type(term[-1]) is EncodedTerm:
+        return (*term[:-1], decoded(term[-1]))
+    return term

@@ -1,0 +1,142 @@
+"""The running gateway: what is started, in which order, and how it ends.
+
+Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> API server,
+supervised -> connections to the nodes that were named. From the line `NAME is up` on, requests are taken.
+Stop (SIGTERM, SIGINT): new requests are refused with `:draining`, those under way are answered, then everything is
+closed in reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from typing import Any, Final
+
+import structlog
+
+from gater.api.discovery import Discovery
+from gater.api.server import API_MODULE, ApiServer, export_api
+from gater.api.service import Service
+from gater.cluster.connector import Connector
+from gater.cluster.strategy import StaticList, Strategy
+from gater.erl import NodeOptions, make_node
+from gater.erl.gen_server import start_server
+from gater.erl.supervisor import ChildSpec, Supervisor
+from gater.erl.terms import Atom
+from gater.settings import Settings
+from gater.store import EmbeddedStores, StoreOptions
+
+APPLICATION: Final = "gater"
+"""The application this node says it runs, besides `kernel` and `stdlib`."""
+
+log = structlog.get_logger(__name__)
+
+
+class System:
+    """One gateway, built from its settings. `start`, then `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.node = make_node(
+            settings.name,
+            cookie=settings.require_cookie(),
+            options=NodeOptions(
+                listen_hosts=settings.listen,
+                listen_port=settings.listen_port,
+                epmd_port=settings.epmd_port,
+                epmd_listen_hosts=settings.epmd_listen,
+                builtin_epmd=settings.epmd_builtin,
+                ticktime_s=settings.net_ticktime_s,
+                max_peers=settings.max_connections,
+            ),
+        )
+        self.stores = _open_stores(settings)
+        self.service = Service(
+            self.node,
+            embedded=self.stores,
+            max_requests=settings.max_requests,
+            timeout_s=settings.call_timeout_ms / 1000,
+        )
+        self.discovery = Discovery(self.service)
+        self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
+        self.strategies: list[Strategy] = [StaticList(settings.connect)] if settings.connect else []
+        self._supervisor = Supervisor([ChildSpec("api", self._start_api)])
+
+    async def start(self) -> None:
+        """Start everything. Raises `StartupError` or `NodeError`; what had been started is stopped again."""
+        if self.stores is not None:
+            self.stores.start(asyncio.get_running_loop())
+        export_api(self.node.exports, self.service)
+        self.node.add_application(APPLICATION, "Gateway to ExESDB", version("gater"))
+        try:
+            await self.node.start()
+            await start_server(self.node, self._supervisor)
+        except BaseException:
+            await self._close()
+            raise
+        self.discovery.start()
+        self.connector.start()
+        for strategy in self.strategies:
+            await strategy.start(self.connector)
+        log.info("gateway_up", node=self.settings.name, stores=self._store_names(), port=self.node.listen_port)
+
+    async def _start_api(self) -> ApiServer:
+        server = ApiServer(self.service)
+        await start_server(self.node, server, name=API_MODULE)
+        return server
+
+    def _store_names(self) -> list[str]:
+        return [str(store) for store in self.stores.store_ids] if self.stores is not None else []
+
+    async def stop(self) -> None:
+        """Drain, then close everything."""
+        limit_s = self.settings.drain_timeout_ms / 1000
+        if not await self.service.drain(limit_s):
+            log.warning("drain_incomplete", requests=self.service.under_way, after_s=limit_s)
+        for strategy in self.strategies:
+            await strategy.stop()
+        self.connector.stop()
+        self.discovery.stop()
+        await self._close()
+        log.info("gateway_stopped", node=self.settings.name)
+
+    async def _close(self) -> None:
+        await self.node.stop()
+        if self.stores is not None:
+            await self.stores.close()
+
+
+def _open_stores(settings: Settings) -> EmbeddedStores | None:
+    if settings.embedded is None:
+        return None
+    options = [StoreOptions(store) for store in settings.stores]
+    return EmbeddedStores(settings.embedded, options, node=Atom(settings.name))
+
+
+def run(settings: Settings) -> int:
+    """Run a gateway until SIGTERM or SIGINT; the exit code of the process."""
+    return _event_loop_runner()(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    system = System(settings)
+    await system.start()
+    print(f"{settings.name} is up", flush=True)
+    await stopping.wait()
+    await system.stop()
+    return 0
+
+
+def _event_loop_runner() -> Callable[[Coroutine[Any, Any, int]], int]:
+    """uvloop where it is installed: its sockets cost half as much. Plain asyncio otherwise."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run
+    return lambda main: asyncio.Runner(loop_factory=uvloop.new_event_loop).run(main)
