@@ -1,10 +1,10 @@
 """The embedded stores of a node: a directory of store files, and the threads that work on them.
 
 Answers gateway worker requests exactly as a worker would, through callbacks in the event loop's thread. Each store has
-one writer thread, which commits everything that waits in one transaction and answers only then, and reader threads of its
-own. A read waits for the writes that were submitted before it and could change its answer (an append to its stream, a
-snapshot, a subscription), and for nothing else. How requests reach this object (GenServer, router, Python client) is not
-known here.
+one writer thread, which commits everything that waits in one transaction and answers only then, and reader threads of
+its own. A read waits for the writes that were submitted before it and could change its answer (an append to its stream,
+a snapshot, a subscription), and for nothing else. How requests reach this object (GenServer, router, Python client) is
+not known here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MAX_BYTES_PER_COMMIT: Final = 32 * 1024 * 1024
 """The same for large events; a single larger write is committed alone."""
 
 MAX_READS_PER_WAKEUP: Final = 32
-"""Replies a reader collects before it wakes the loop, while more reads wait: a wake-up costs as much as a small read."""
+"""Replies a reader collects before it wakes the loop, while more reads wait; a wake-up costs as much as a read."""
 
 LOCK_FILE: Final = "gater.lock"
 

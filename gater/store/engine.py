@@ -5,8 +5,8 @@ No threads and no event loop here (`embedded.py` has them). `StoreFile` is the w
 writes and makes them durable with one fsync; each has its own outcome.
 
 Python's `sqlite3` gives the interpreter lock away at every row it steps to, and in a busy process each return costs up
-to 5 ms. So every statement here is one step, however many rows it touches: inserts of many rows, and reads that join the
-stored bytes inside SQLite (a thousand events beside a busy thread: 13 ms instead of 1,250 ms).
+to 5 ms. So every statement here is one step, however many rows it touches: inserts of many rows, and reads that join
+the stored bytes inside SQLite (a thousand events beside a busy thread: 13 ms instead of 1,250 ms).
 """
 
 from __future__ import annotations
