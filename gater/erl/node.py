@@ -146,8 +146,8 @@ class SpawnCall:
 class NodeOptions:
     """What a node may be told; every default is what `erl` would do."""
 
-    listen_host: str | None = None
-    """Address to listen on; None: loopback if the node's host is a loopback address, else all addresses."""
+    listen_hosts: tuple[str, ...] = ()
+    """Addresses to listen on; none: loopback if the node's host is a loopback address, else all addresses."""
     listen_port: int = 0
     """TCP port to listen on; 0 lets the system choose."""
     epmd_host: str | None = None
@@ -155,6 +155,9 @@ class NodeOptions:
     epmd_port: int = 4369
     builtin_epmd: bool = True
     """Start an EPMD in this process when none listens."""
+    epmd_listen_hosts: tuple[str, ...] = ()
+    """Addresses the built-in EPMD listens on; none: `epmd_host`."""
+    max_peers: int = MAX_PEERS
     ticktime_s: float = TICKTIME_S
     max_frame_bytes: int = MAX_FRAME_BYTES
     cookies: dict[str, str] = field(default_factory=dict)
@@ -282,13 +285,14 @@ class Node:
         """
         self._loop = asyncio.get_running_loop()
         self.started_at = self._loop.time()
-        listen_host = self.options.listen_host or _default_listen_host(self.host)
+        hosts = self.options.listen_hosts or _default_listen_hosts(self.host)
         try:
             self._server = await self._loop.create_server(
-                self._accept, listen_host or None, self.options.listen_port, reuse_address=True
+                self._accept, hosts or None, self.options.listen_port, reuse_address=True
             )
         except OSError as error:
-            raise NodeError(f"cannot listen on {listen_host}:{self.options.listen_port}: {error.strerror}") from error
+            where = ", ".join(hosts) or "all addresses"
+            raise NodeError(f"cannot listen on {where}, port {self.options.listen_port}: {error.strerror}") from error
         try:
             await self._register_with_epmd()
         except BaseException:
@@ -318,7 +322,7 @@ class Node:
                     raise
                 epmd = BuiltinEpmd()
                 try:
-                    await epmd.start([host], port)
+                    await epmd.start(list(self.options.epmd_listen_hosts) or [host], port)
                 except EpmdPortInUse:
                     continue
                 self._epmd = epmd
@@ -386,8 +390,8 @@ class Node:
         if connection is None:
             connection = Connection(self, peer)
             self._connections[peer] = connection
-            if len(self._connections) > MAX_PEERS:
-                self._loop.call_soon(self.connection_lost, connection, f"MAX_PEERS allows {MAX_PEERS}")
+            if len(self._connections) > self.options.max_peers:
+                self._loop.call_soon(self.connection_lost, connection, f"max_peers allows {self.options.max_peers}")
             elif self._stopping:
                 self._loop.call_soon(self.connection_lost, connection, "this node is stopping")
             else:
@@ -522,9 +526,12 @@ class Node:
             connection = None
         self._replacing.discard(protocol)
         if connection is None:
-            if len(self._connections) >= MAX_PEERS:
+            if len(self._connections) >= self.options.max_peers:
                 log.warning(
-                    "peer_refused", node=str(self.name), peer=done.peer_name, reason=f"MAX_PEERS allows {MAX_PEERS}"
+                    "peer_refused",
+                    node=str(self.name),
+                    peer=done.peer_name,
+                    reason=f"max_peers allows {self.options.max_peers}",
                 )
                 return None
             connection = Connection(self, peer)
@@ -1151,8 +1158,8 @@ def _reason(message: ControlMessage, payload: Term) -> Term:
     return payload if message.has_payload else getattr(message, "reason")  # noqa: B009
 
 
-def _default_listen_host(host: str) -> str | None:
+def _default_listen_hosts(host: str) -> tuple[str, ...]:
     try:
-        return host if ipaddress.ip_address(host).is_loopback else None
+        return (host,) if ipaddress.ip_address(host).is_loopback else ()
     except ValueError:
-        return "127.0.0.1" if host == "localhost" else None
+        return ("127.0.0.1",) if host == "localhost" else ()
