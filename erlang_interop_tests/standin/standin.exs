@@ -2,9 +2,6 @@
 #
 #   STANDIN_STORES=reg_gh elixir --name node0@127.0.0.1 --cookie secret --no-halt standin.exs
 
-# Run as a script it loads the rest and starts; compiled by the tests (standin.py) it only defines modules.
-if System.get_env("STANDIN_STORES"), do: for file <- ["tree.exs", "raft.exs"], do: Code.require_file(file, __DIR__)
-
 defmodule ExESDB.Schema.NewEvent do
   @moduledoc false
   defstruct [:event_id, :event_type, :data_content_type, :metadata_content_type, :data, :metadata, __unknown_fields__: []]
@@ -680,7 +677,9 @@ defmodule ExESDB.GatewayWorker do
   defp nodes_of(views), do: for({node, _, _} <- views, do: node)
 end
 
+# Run as a script it loads the rest and starts; compiled by the tests (standin.py) it only defines modules.
 if System.get_env("STANDIN_STORES") do
+  for file <- ["tree.exs", "raft.exs"], do: Code.require_file(file, __DIR__)
   if System.get_env("STANDIN_KHEPRI", "1") != "0", do: Code.require_file("khepri.exs", __DIR__)
   ExESDB.StandIn.start_from_environment()
 end
