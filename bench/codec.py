@@ -2,8 +2,8 @@
 
     python bench/codec.py [events]
 
-`marshal` is the floor: CPython's own C codec building the same number of objects. `erlang` (erlang_py) and `erlpack` are
-measured if they are installed.
+`marshal` is the floor: CPython's own C codec building the same number of objects. `erlang` (erlang_py) and `erlpack`
+are measured if they are installed.
 """
 
 from __future__ import annotations

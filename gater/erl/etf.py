@@ -130,6 +130,8 @@ class AtomTable(dict[bytes, Term]):
 def _atom_of(encoded: bytes) -> Term:
     """The atom whose tag, length and name are exactly `encoded`."""
     tag = encoded[0]
+    if tag == 100 and encoded[1]:
+        raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters, this one has more")
     start, declared = (2, encoded[1]) if tag in (115, 119) else (3, encoded[1] << 8 | encoded[2])
     name_bytes = encoded[start:]
     if len(name_bytes) != declared:
@@ -236,6 +238,10 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
                 end = pos + 3 + data[pos + 2]
                 elements.append(atoms[data[pos:end]])
                 pos = end
+            elif tag == 119:  # SMALL_ATOM_UTF8_EXT
+                end = pos + 2 + data[pos + 1]
+                elements.append(atoms[data[pos:end]])
+                pos = end
             elif tag == 109:  # BINARY_EXT
                 (count,) = u32(data, pos + 1)
                 pos += 5
@@ -245,10 +251,6 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
             elif tag == 97:  # SMALL_INTEGER_EXT
                 elements.append(data[pos + 1])
                 pos += 2
-            elif tag == 119:  # SMALL_ATOM_UTF8_EXT
-                end = pos + 2 + data[pos + 1]
-                elements.append(atoms[data[pos:end]])
-                pos = end
             elif tag == 104:  # SMALL_TUPLE_EXT
                 count = data[pos + 1]
                 pos += 2
@@ -306,13 +308,18 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
             if gathering == _TUPLE:
                 done: Term = tuple(elements)
             elif gathering == _MAP:
-                pairs = iter(elements)
-                try:
-                    done = None if deep else dict(zip(pairs, pairs, strict=True))
-                except (TypeError, RecursionError):
-                    done = None
-                if done is None or len(done) + len(done) != len(elements):
+                done = {}
+                if deep:
                     done = _careful_map(elements)
+                else:
+                    flat = iter(elements)
+                    try:
+                        for key in flat:
+                            done[key] = next(flat)
+                    except (TypeError, RecursionError):
+                        done = _careful_map(elements)
+                    if len(done) + len(done) != len(elements):
+                        done = _careful_map(elements)
             elif gathering == _LIST:
                 tag = data[pos]
                 if tag == 106:
@@ -518,7 +525,7 @@ def _walk(
                 pos, copied = _walk_atom(data, pos, cache, plain, copied)
             elif tag == 100:  # ATOM_EXT
                 if data[pos + 1]:
-                    raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters")
+                    raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters, this one has more")
                 pos += 3 + data[pos + 2]
             elif tag == 109:  # BINARY_EXT
                 pos += 5 + _U32(data, pos + 1)[0]
@@ -631,7 +638,7 @@ def _walk_atom(data: bytes, pos: int, cache: Sequence[Term], plain: list[bytes] 
         end = pos + 3 + _U16(data, pos + 1)[0]
     else:
         raise DecodeError(f"an atom is expected at byte {pos}, not tag {tag}")
-    if tag == 118 or (tag == 119 and not data[pos + 2 : end].isascii()) or (tag == 100 and data[pos + 1]):
+    if (tag >= 118 and not (tag == 119 and data[pos + 2 : end].isascii())) or (tag == 100 and data[pos + 1]):
         _atom_of(data[pos:end])
     return end, copied
 
