@@ -95,6 +95,15 @@ def is_anonymous(clock: Clock) -> bool:
     return _is_empty(clock[0])
 
 
+def identity_depth(clock: Clock) -> int:
+    """How often this identity was divided: 0 for the whole interval."""
+
+    def depth(identity: Identity) -> int:
+        return 0 if type(identity) is int else 1 + max(depth(identity[0]), depth(identity[1]))
+
+    return depth(clock[0])
+
+
 def checked(term: object) -> Clock:
     """`term` if it is a clock within our limits.
 
