@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gater import errors
@@ -124,6 +124,7 @@ def test_recorded_stores_are_read_into_values_and_back() -> None:
     assert rebuilt == stores[0][Atom("store")]
 
 
+@settings(deadline=None)
 @given(st.datetimes(timezones=st.just(UTC)))
 def test_a_datetime_survives_the_way_through_its_struct(moment: datetime) -> None:
     assert schema.datetime_from_term(schema.datetime_to_term(moment)) == moment
@@ -348,6 +349,7 @@ terms = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from([*schema._CALLS, *schema._CASTS]), st.data(), st.booleans())
 def test_any_arguments_are_accepted_or_refused_and_refusals_can_be_sent(
     known: tuple[Atom, int], data: st.DataObject, cast: bool

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,28 @@ async def test_beyond_the_limit_of_waiting_reads_the_store_is_overloaded(
         gate.open()
         assert [plain(await one) for one in parked] == [schema.ok(0)] * 5
         assert await caller.call(schema.get_version_request(STORE, "s")) == schema.ok(0)
+
+
+async def test_a_loop_that_is_never_idle_does_not_starve_the_store(tmp_path: Path) -> None:
+    """Without the loop giving way, single requests here took up to 20 seconds."""
+
+    async def keep_busy() -> None:
+        while True:
+            until = time.perf_counter() + 0.002
+            while time.perf_counter() < until:
+                pass
+            await asyncio.sleep(0)
+
+    async with open_stores(tmp_path) as caller:
+        busy = asyncio.ensure_future(keep_busy())
+        slowest = 0.0
+        for number in range(40):
+            started = time.perf_counter()
+            await caller.call(append("s", [event(number)]))
+            await caller.call(read("s"))
+            slowest = max(slowest, time.perf_counter() - started)
+        busy.cancel()
+        assert slowest < 5
 
 
 async def test_what_a_writer_has_to_remember_is_forgotten_when_all_is_done(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_kit import NODE, STORE, append, checked, event, plain, read, wrong
 
@@ -184,7 +184,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(s
 
 
 @given(values, values, st.text(min_size=1, max_size=20), st.integers(0, 2**40))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None)
 def test_the_stored_bytes_are_those_of_the_struct(data: Term, metadata: Term, stream: str, number: int) -> None:
     new = NewEvent("typ:v1", data, metadata)
     spliced = records.event_record(
@@ -274,6 +274,19 @@ def test_everything_is_there_after_the_file_is_opened_again(file: StoreFile) -> 
     assert commit(again, append("s", [event(2)], 1)) == [schema.ok(2)]
     again.close()
     assert not list(file.path.parent.glob("*-wal"))
+
+
+def test_the_log_is_copied_into_the_file_when_much_was_written(
+    file: StoreFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_BYTES", 200_000)
+    before = file.path.stat().st_size
+    commit(file, append("s", [event(0, b"x" * 50_000)]))
+    file.checkpoint_when_due()
+    assert file.path.stat().st_size == before
+    commit(file, append("s", [event(1, b"x" * 150_000)]))
+    file.checkpoint_when_due()
+    assert file.path.stat().st_size > 200_000
 
 
 def fill(file: StoreFile, pages: int) -> None:

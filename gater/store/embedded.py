@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import os
 import queue
+import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -53,6 +54,12 @@ MAX_BYTES_PER_COMMIT: Final = 32 * 1024 * 1024
 
 MAX_READS_PER_WAKEUP: Final = 32
 """Replies a reader collects before it wakes the loop, while more reads wait; a wake-up costs as much as a read."""
+
+GRACE_S: Final = 0.005
+"""How long a store's threads may get nowhere before the loop gives way: the interpreter's own switch interval."""
+
+GIVE_WAY_S: Final = 0.001
+"""How long the loop then stands still, at most: long enough for a commit or a read of 1,000 events."""
 
 LOCK_FILE: Final = "gater.lock"
 
@@ -209,6 +216,40 @@ def _topics(request: Request) -> tuple[bytes | str, ...]:
     return ()
 
 
+class _Courtesy:
+    """Keeps a busy event loop from starving a store's threads.
+
+    A thread that waits for the interpreter lock is given it by force after 5 ms, but only if the holder kept it all
+    that time. An event loop under load lets go of it at every system call and takes it back before the waiting thread
+    has woken up, and so the thread can wait for many seconds (15 were seen). Therefore, while something is under way
+    and the threads report no progress for `GRACE_S`, the loop blocks until they do, for `GIVE_WAY_S` at most.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, is_idle: Callable[[], bool]) -> None:
+        self._loop = loop
+        self._is_idle = is_idle
+        self._progress = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect_progress(self) -> None:
+        """Something was queued (loop's thread)."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(GRACE_S, self._look)
+
+    def note_progress(self) -> None:
+        """Something was done (store's threads)."""
+        self._progress.set()
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._is_idle():
+            return
+        if not self._progress.is_set():
+            self._progress.wait(GIVE_WAY_S)
+        self._progress.clear()
+        self.expect_progress()
+
+
 class _StoreWorker:
     """One store's threads and queues. What is not a thread's main loop runs in the event loop's thread.
 
@@ -224,6 +265,7 @@ class _StoreWorker:
         self._reads: queue.SimpleQueue[_QueuedRead | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._courtesy: _Courtesy | None = None
         self._written = 0
         self._queued_writes = 0
         self._queued_bytes = 0
@@ -239,6 +281,7 @@ class _StoreWorker:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._courtesy = _Courtesy(loop, self._idle.is_set)
         name = f"store {self.store_id}"
         self._threads = [threading.Thread(target=self._write_loop, name=f"{name} writer", daemon=True)]
         for reader in self._readers:
@@ -247,6 +290,7 @@ class _StoreWorker:
             )
         for thread in self._threads:
             thread.start()
+        self._note_work()
 
     async def stop(self) -> None:
         if self._threads:
@@ -278,7 +322,7 @@ class _StoreWorker:
             self._last_write[topic] = self._written
         self._queued_writes += 1
         self._queued_bytes += prepared.size
-        self._idle.clear()
+        self._note_work()
         self._writes.put(_QueuedWrite(self._written, topics, prepared, on_reply))
         return None
 
@@ -287,7 +331,7 @@ class _StoreWorker:
         if self._queued_reads >= MAX_QUEUED_READS:
             return Rejected(schema.OVERLOADED)
         self._queued_reads += 1
-        self._idle.clear()
+        self._note_work()
         read = _QueuedRead(request, on_reply)
         after = max((self._last_write.get(topic, 0) for topic in _topics(request)), default=0)
         if after:
@@ -317,6 +361,12 @@ class _StoreWorker:
             _reply(on_reply, reply)
         self._note_idle()
 
+    def _note_work(self) -> None:
+        if self._queued_writes or self._queued_reads:
+            self._idle.clear()
+            if self._courtesy is not None:
+                self._courtesy.expect_progress()
+
     def _note_idle(self) -> None:
         if self._queued_writes == 0 and self._queued_reads == 0:
             self._idle.set()
@@ -340,6 +390,7 @@ class _StoreWorker:
                 batch.append(write)
                 size += write.prepared.size
             self._in_loop(self._committed, batch, self._commit(batch))
+            self._checkpoint()
 
     def _commit(self, batch: list[_QueuedWrite]) -> list[Term]:
         try:
@@ -348,6 +399,12 @@ class _StoreWorker:
             # A defect of ours must not leave callers waiting for ever.
             _log.exception("store_writer_failed", store=str(self.store_id))
             return [schema.error(schema.unknown_outcome(f"the store's writer failed: {problem!r}"))] * len(batch)
+
+    def _checkpoint(self) -> None:
+        try:
+            self._file.checkpoint_when_due()
+        except sqlite3.Error as problem:
+            _log.warning("store_checkpoint_failed", store=str(self.store_id), reason=str(problem))
 
     def _read_loop(self, reader: StoreReader) -> None:
         """A reader thread."""
@@ -375,6 +432,8 @@ class _StoreWorker:
 
     def _in_loop(self, callback: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
+        assert self._courtesy is not None
+        self._courtesy.note_progress()
         with suppress(RuntimeError):  # the loop was closed under us: nobody is left to be answered
             self._loop.call_soon_threadsafe(callback, *arguments)
 

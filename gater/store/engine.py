@@ -44,6 +44,12 @@ MAX_CACHED_STREAMS: Final = 100_000
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024
 """Up to this size the whole file is checked when it is opened (under a second); a larger one when it is read."""
 
+CHECKPOINT_BYTES: Final = 4 * 1024 * 1024
+"""How much is written to the log before it is copied into the file: SQLite's own 1,000 pages, but after the answer."""
+
+_COMMIT_OVERHEAD_BYTES: Final = 16 * 1024
+"""Pages of indexes that a small commit adds to the log beside its records, about."""
+
 _MAX_ROWS_PER_INSERT: Final = 256
 """Rows of one INSERT, times 3 parameters: below 999, which every SQLite allows (`SQLITE_LIMIT_VARIABLE_NUMBER`)."""
 
@@ -192,6 +198,7 @@ class StoreFile:
         self._options = options
         self._connection: sqlite3.Connection | None = None
         self._streams: dict[bytes, tuple[int, int]] = {}
+        self._logged_bytes = 0
         try:
             self._connection = _connect(path)
             self._created_at = self._open()
@@ -247,6 +254,15 @@ class StoreFile:
                 return [schema.error(schema.storage_failed(str(problem)))]
         return [self.commit([write], now)[0] for write in writes]
 
+    def checkpoint_when_due(self) -> None:
+        """Copy the log into the file if much was written since; for after the answers, because it may take long.
+
+        Raises `sqlite3.Error` if that is not possible now: then the log grows, and nothing is lost.
+        """
+        if self._logged_bytes >= CHECKPOINT_BYTES and self._connection is not None:
+            self._logged_bytes = 0
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
     def _transact(self, writes: Sequence[Write], now: datetime) -> list[Term]:
         if self._connection is None:
             self._connection = _connect(self.path)
@@ -257,6 +273,7 @@ class StoreFile:
         self._connection.execute("BEGIN IMMEDIATE")
         plan.carry_out()
         self._commit(self._connection)
+        self._logged_bytes += _COMMIT_OVERHEAD_BYTES + sum(write.size for write in writes)
         self._streams.update(plan.streams)
         if len(self._streams) > MAX_CACHED_STREAMS:
             self._streams.clear()
@@ -326,7 +343,7 @@ class _Plan:
         self._created = created
         self._events: list[bytes | int] = []
         self._changes: list[Change] = []
-        self._new_streams = 0
+        self._last_row: int | None = None
         self.streams: dict[bytes, tuple[int, int]] = {}
         """The streams that change, with their row and their version afterwards."""
 
@@ -381,9 +398,10 @@ class _Plan:
         return found
 
     def _next_row(self) -> int:
-        self._new_streams += 1
-        last: int = self._connection.execute("SELECT coalesce(max(id), 0) FROM streams").fetchone()[0]
-        return last + self._new_streams
+        if self._last_row is None:
+            self._last_row = self._connection.execute("SELECT coalesce(max(id), 0) FROM streams").fetchone()[0]
+        self._last_row += 1
+        return self._last_row
 
 
 def _in_chunks(head: str, values: list[bytes | int], tail: str) -> Iterable[tuple[str, list[bytes | int]]]:
@@ -531,6 +549,7 @@ def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """A connection that leaves transactions to us; `synchronous = FULL` makes COMMIT wait until the log is on disk."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")  # see `checkpoint_when_due`
     connection.execute("PRAGMA journal_size_limit = 67108864")  # a log that grew once is cut back to 64 MiB
     if read_only:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_READ_BYTES)
