@@ -197,7 +197,10 @@ async def test_subscriptions_are_saved_listed_acknowledged_and_removed(gate: Gat
     async def saved() -> dict[bytes, Term]:
         _, found = await ask("get_subscriptions", STORE)
         entries = [value for _, value in found.items()]
-        return {each[Atom("subscription_name")]: each[Atom("start_from")] for each in entries}
+        found = {each[Atom("subscription_name")]: each[Atom("start_from")] for each in entries}
+        # Every store begins with this one.
+        assert found.pop(b"all-events") == 0
+        return found
 
     await tell("save_subscription", STORE, Atom("by_stream"), b"$order-1", b"projector", 0, None)
     await tell("save_subscription", STORE, Atom("by_event_type"), b"paid:v1", b"payments", 0, None)

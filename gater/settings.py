@@ -45,8 +45,8 @@ DEFAULT_PUB_SUB: Final = "ex_esdb_events"
 DEFAULT_STORE: Final = "ex_esdb_store"
 DEFAULT_EMBEDDED_DIR: Final = Path("gater-data")
 DEFAULT_POOL_SIZE: Final = 10
-DEFAULT_CALL_TIMEOUT_MS: Final = 5_000
-"""As `gen_server:call/2`: an Elixir caller that gave no timeout has given up by then."""
+DEFAULT_CALL_TIMEOUT_MS: Final = 4_500
+"""An Elixir caller that gave no timeout gives up after 5,000 (`gen_server:call/2`): the answer has to be there before."""
 
 DEFAULT_MAX_REQUESTS: Final = 10_000
 """Requests under way at once. At 1 ms each that is ten seconds of work: more would only be answered too late."""

@@ -12,7 +12,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from gater.api import schema
@@ -32,6 +31,7 @@ from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected
 from gater.erl.node import Node
 from gater.erl.terms import Atom, Term
+from gater.settings import Settings
 
 Direction: TypeAlias = Literal["forward", "backward"]
 
@@ -68,15 +68,18 @@ class Gateway:
     ) -> AsyncIterator[Gateway]:
         """Start a client node, connect it to `nodes` (store nodes or gateways; one that answers is enough) and use it.
 
-        `cookie` is the cluster's, by default the one in `~/.erlang.cookie`. `name` is the client node's own name, by
-        default a random one on 127.0.0.1 or, if the first node's host is no loopback address, on this host.
+        `cookie` is the cluster's, by default that of the environment (`EX_ESDB_COOKIE`, `RELEASE_COOKIE`) or of
+        `~/.erlang.cookie`; so is EPMD's port (`ERL_EPMD_PORT`). `name` is the client node's own name, by default a
+        random one on 127.0.0.1.
         Raises `NotConnected` or `HandshakeError` if no node can be reached within `connect_timeout_s` seconds.
         """
         if not nodes:
             raise ValueError("Gateway.connect needs the name of at least one node")
-        node = make_node(
-            name or _client_name(nodes[0]), cookie=_default_cookie() if cookie is None else cookie, options=options
-        )
+        if cookie is None or options is None:
+            settings = Settings.load()
+            cookie = settings.require_cookie() if cookie is None else cookie
+            options = NodeOptions(epmd_port=settings.epmd_port) if options is None else options
+        node = make_node(name or _client_name(), cookie=cookie, options=options)
         async with node:
             service = Service(node)
             discovery = Discovery(service, through_gateways=True)
@@ -265,16 +268,8 @@ def _snapshot(record: Term) -> Snapshot | Term:
     return Snapshot.from_term(record) if schema.is_struct(record, schema.SNAPSHOT_RECORD) else record
 
 
-def _client_name(peer: str) -> str:
-    host = peer.partition("@")[2]
-    return f"gater_client_{os.getpid()}_{secrets.token_hex(4)}@{host if host.startswith('127.') else '127.0.0.1'}"
-
-
-def _default_cookie() -> str:
-    try:
-        return (Path.home() / ".erlang.cookie").read_text().strip()
-    except OSError as error:
-        raise ValueError(f"give a cookie: {error.strerror}: ~/.erlang.cookie") from error
+def _client_name() -> str:
+    return f"gater_client_{os.getpid()}_{secrets.token_hex(4)}@127.0.0.1"
 
 
 async def _connect_to_any(node: Node, peers: Iterable[str], timeout_s: float) -> None:

@@ -550,22 +550,26 @@ def is_wrong_expected_version(reason: Term) -> bool:
     )
 
 
-def exception_for(reason: Term, request: Request) -> errors.GaterError:
-    """The Python exception that an `{:error, reason}` to `request` stands for."""
+def exception_for(reason: Term, request: Request | Term) -> errors.GaterError:
+    """The Python exception that an `{:error, reason}` to `request`, checked or as its term, stands for."""
+    term = request.term if isinstance(request, Request) else request
+    op = str(term[0])
     if reason is OVERLOADED:
         return errors.Overloaded("the queue of waiting requests")
     if reason is DRAINING:
         return errors.Draining()
     if is_wrong_expected_version(reason):
         current = reason[1] if type(reason) is tuple else None
-        return errors.WrongExpectedVersion(_shown_expectation(request.term), current)
-    if type(reason) is tuple and len(reason) == 2:
-        make = _EXCEPTIONS.get(reason[0]) if type(reason[0]) is Atom else None
-        if make is not None:
-            return make(reason[1], request)
+        return errors.WrongExpectedVersion(_shown_expectation(term), current)
     if reason in (_INVALID_COUNT, _INVALID_START_VERSION):
-        return errors.InvalidRequest(f"{request.op}: {reason}")
-    return errors.RequestFailed(request.op, reason)
+        return errors.InvalidRequest(f"{op}: {reason}")
+    if reason == EMPTY_STREAM_NAME:
+        return errors.InvalidRequest(f"{op}: the stream has an empty name")
+    match reason:
+        case (Atom() as name, detail) if name in _EXCEPTIONS:
+            return _EXCEPTIONS[name](op, detail)
+        case _:
+            return errors.RequestFailed(op, reason)
 
 
 def _shown_expectation(term: Term) -> int | str:
@@ -575,16 +579,16 @@ def _shown_expectation(term: Term) -> int | str:
     return expected if type(expected) is int else str(expected)
 
 
-_EXCEPTIONS: Final[dict[Atom, Callable[[Term, Request], errors.GaterError]]] = {
-    _INVALID_REQUEST: lambda text, request: errors.InvalidRequest(_text(text)),
-    _UNKNOWN_REQUEST: lambda text, request: errors.InvalidRequest(_text(text)),
-    _INVALID_COUNT: lambda count, request: errors.InvalidRequest(f"{request.op}: count {show(count)}"),
-    _INVALID_START_VERSION: lambda start, request: errors.InvalidRequest(f"{request.op}: start version {show(start)}"),
-    _STORE_NOT_FOUND: lambda store, request: errors.StoreNotFound(str(store)),
-    _NO_WORKER_AVAILABLE: lambda store, request: errors.NoWorkerAvailable(str(store)),
-    _CALL_TIMEOUT: lambda timeout_ms, request: errors.CallTimeout(request.op, timeout_ms / 1000),
-    _WORKER_DIED: lambda reason, request: errors.WorkerDied(request.op, reason),
-    _UNKNOWN_OUTCOME: lambda text, request: errors.UnknownOutcome(request.op, _text(text)),
+_EXCEPTIONS: Final[dict[Atom, Callable[[str, Term], errors.GaterError]]] = {
+    _INVALID_REQUEST: lambda op, text: errors.InvalidRequest(str(_text(text))),
+    _UNKNOWN_REQUEST: lambda op, text: errors.InvalidRequest(str(_text(text))),
+    _INVALID_COUNT: lambda op, count: errors.InvalidRequest(f"{op}: count {show(count)}"),
+    _INVALID_START_VERSION: lambda op, start: errors.InvalidRequest(f"{op}: start version {show(start)}"),
+    _STORE_NOT_FOUND: lambda op, store: errors.StoreNotFound(str(store)),
+    _NO_WORKER_AVAILABLE: lambda op, store: errors.NoWorkerAvailable(str(store)),
+    _CALL_TIMEOUT: lambda op, timeout_ms: errors.CallTimeout(op, timeout_ms / 1000),
+    _WORKER_DIED: errors.WorkerDied,
+    _UNKNOWN_OUTCOME: lambda op, text: errors.UnknownOutcome(op, _text(text)),
 }
 
 

@@ -254,7 +254,10 @@ class _Call:
         service, request = self._service, self._request
         worker = service.router.choose(request.store, self._tried)
         if worker is None and request.op == "get_version" and not service.router.is_known(request.store):
-            # As the original: any worker answers, for a store it does not know too.
+            # As the original: whoever is asked answers, for a store it does not know too.
+            if service.embedded is not None:
+                service.embedded.submit(request, self._answer)
+                return
             worker = service.router.choose(None, self._tried)
         if worker is None:
             if refreshed or service.registries is None:
