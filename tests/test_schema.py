@@ -383,13 +383,15 @@ REQUEST = accepted(schema.append_events_request(STORE, "s", [], 3))
         (schema.OVERLOADED, errors.Overloaded, "overloaded"),
         (schema.DRAINING, errors.Draining, "draining"),
         (schema.storage_failed("disk full"), errors.RequestFailed, "disk full"),
+        (schema.EMPTY_STREAM_NAME, errors.InvalidRequest, "append_events: the stream has an empty name"),
         ((Atom("khepri"), 1, {}), errors.RequestFailed, "append_events failed"),
     ],
 )
 def test_an_error_reason_becomes_its_exception(reason: Term, kind: type[Exception], text: str) -> None:
-    problem = schema.exception_for(reason, REQUEST)
-    assert type(problem) is kind
-    assert text in str(problem)
+    for request in (REQUEST, REQUEST.term):
+        problem = schema.exception_for(reason, request)
+        assert type(problem) is kind
+        assert text in str(problem)
 
 
 @pytest.mark.parametrize(
