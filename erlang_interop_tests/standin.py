@@ -25,7 +25,7 @@ DEFAULT_STORE: Final = "reg_gh"
 READY_TIMEOUT_S: Final = 15.0
 COMPILE_TIMEOUT_S: Final = 60.0
 
-_CORE: Final = ("tree.exs", "raft.exs", "standin.exs")
+_CORE: Final = ("tree.exs", "raft.exs", "swarm.exs", "pubsub.exs", "standin.exs")
 _KHEPRI: Final = ("khepri.exs",)
 
 

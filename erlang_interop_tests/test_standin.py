@@ -309,3 +309,47 @@ async def test_a_store_without_khepri_has_workers_only(beam: Beams) -> None:
         assert await cluster.call((Atom("append_events"), STORE, b"a", [new_event(1)])) == (Atom("ok"), 0)
         with pytest.raises(BeamError, match="undef"):
             await cluster.members[0].eval(":khepri.fence(:reg_gh, 1_000)")
+
+
+async def test_a_member_of_another_kind_joins_the_registry(standin_of_three: StandInCluster, beam: Beams) -> None:
+    other = await beam.start("elixir", hidden=True)
+    joined = await other.eval(
+        """
+        Process.register(self(), Swarm.Tracker)
+        :pong = Node.ping(member)
+        GenServer.cast({Swarm.Tracker, member}, {:sync, self(), {1, 0}})
+        receive do
+          {:"$gen_cast", {:sync_recv, tracker, clock, entries}} ->
+            entry = {:entry, {:gater_api, 1}, self(), make_ref(), %{}, {0, 1}}
+            GenServer.cast(tracker, {:sync_ack, self(), clock, [entry]})
+            :pong = Node.ping(second)
+            send({Swarm.Tracker, second}, {:event, self(), {0, 1}, {:track, :late, self(), %{}}})
+            seen_by = fn node, name -> :rpc.call(node, Swarm, :whereis_name, [name]) == self() end
+            true = Enum.any?(1..100, fn _ -> seen_by.(member, {:gater_api, 1}) end)
+            true = Enum.any?(1..100, fn _ -> seen_by.(second, :late) end)
+            for {:entry, {:gateway_worker, _, node, _}, _, _, _, _} <- entries, uniq: true, do: node
+        end
+        """,
+        member=standin_of_three.members[0].atom,
+        second=standin_of_three.members[1].atom,
+    )
+    assert {str(name) for name in joined} == set(standin_of_three.names)
+
+
+async def test_emitters_send_new_events_where_subscriptions_say(standin_of_three: StandInCluster) -> None:
+    await standin_of_three.set("emitters", True)
+    leader = await standin_of_three.leader()
+    assert leader is not None
+    received = await standin_of_three.members[(leader + 1) % 3].eval(
+        """
+        {_, worker} = Enum.find(Swarm.registered(), fn {name, _} ->
+          match?({:gateway_worker, _, node, _} when node == node(), name) end)
+        GenServer.cast(worker, {:save_subscription, :reg_gh, :by_event_payload, %{"number" => 7}, "sevens", 0, nil})
+        topic = "reg_gh:evt-pay-sevens-" <> Integer.to_string(:erlang.phash2(%{"number" => 7}), 16)
+        :ok = ExESDB.StandIn.PubSub.subscribe(topic, self())
+        {:ok, 1} = GenServer.call(worker, {:append_events, :reg_gh, "numbers", events})
+        receive do: ({:events, [event]} -> {event.event_number, event.data})
+        """,
+        events=[new_event(6), new_event(7)],
+    )
+    assert received == (1, {b"number": 7})

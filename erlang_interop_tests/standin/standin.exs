@@ -21,7 +21,8 @@ end
 defmodule ExESDB.StandIn do
   @moduledoc "Starting the stand-in, and the switches that make it misbehave. All of it may be called by rpc."
 
-  alias ExESDB.StandIn.Names
+  alias ExESDB.StandIn.PubSub
+  alias Swarm.Tracker
 
   @applications [
     ex_esdb: '0.11.0',
@@ -62,20 +63,22 @@ defmodule ExESDB.StandIn do
     rafts = for store <- options[:stores], do: {ExESDB.StandIn.Raft, {store, members, options[:data]}}
     workers = for store <- options[:stores], n <- 1..options[:workers]//1, do: {ExESDB.GatewayWorker, {store, n}}
 
-    children =
-      [Names, {ExESDB.StandIn.Links, members}] ++ rafts ++ [{DynamicSupervisor, name: ExESDB.StandIn.Writers}] ++ workers
+    basis = [{ExESDB.StandIn.Links, members}, Tracker, PubSub.scope_spec(), PubSub]
+    children = basis ++ rafts ++ [{DynamicSupervisor, name: ExESDB.StandIn.Writers}] ++ workers
 
     # Workers crash as often as tests want; a limit would end the stand-in instead.
     limits = [strategy: :one_for_one, max_restarts: 1_000_000, max_seconds: 1]
     {:ok, _} = Supervisor.start_link(children, limits)
+    # Last, because others take the answer of `which_applications` for an invitation.
     for {name, version} <- @applications, do: start_application(name, version)
-    Names.register({:gater_api, :erlang.phash2(make_ref())}, Process.whereis(Names))
+    Tracker.leave_behind({:gater_api, :erlang.phash2(make_ref())})
     spawn(fn -> for store <- options[:stores], do: first_subscription(store) end)
     :ok
   end
 
   def options, do: :persistent_term.get(__MODULE__)
   def store?(store), do: store in options().stores
+  def live_members, do: for(member <- options().members, member == node() or member in Node.list(), do: member)
 
   @doc "Whether every store of this node has a leader and all its own entries applied: then tests may begin."
   def ready? do
@@ -107,8 +110,10 @@ defmodule ExESDB.StandIn do
   end
 
   @doc "Adds `count` names of the kind that real registries fill up with."
-  def add_junk_names(count, store \\ hd(options().stores)),
-    do: Names.register_many(for(n <- 1..count//1, do: {:streams_reader_worker, store, "junk-#{n}"}), Process.whereis(Names))
+  def add_junk_names(count, store \\ hd(options().stores)) do
+    names = for n <- 1..count//1, do: {:streams_reader_worker, store, "junk-#{n}"}
+    Tracker.fill(names, Process.whereis(ExESDB.StandIn.Links)) && :ok
+  end
 
   @doc "Refuses connections with these nodes from now on, in both directions, and drops those there are."
   def cut(nodes) do
@@ -149,6 +154,9 @@ defmodule ExESDB.StandIn do
   def around_append(_path, put), do: put.()
 
   @doc "Called by each member when it has applied a command."
+  def applied(store, :leader, {:put, [:streams | _], event}, :ok),
+    do: if(switch(:emitters, false), do: PubSub.emit(store, event))
+
   def applied(_store, _role, _command, _result), do: :ok
 
   ## Starting
@@ -175,7 +183,11 @@ defmodule ExESDB.StandIn.Links do
   @moduledoc "Keeps the members connected, each from a process of its own, because connecting may take seconds."
 
   def child_spec(members),
-    do: %{id: __MODULE__, type: :supervisor, start: {Supervisor, :start_link, [children(members), [strategy: :one_for_one]]}}
+    do: %{id: __MODULE__, type: :supervisor, start: {__MODULE__, :start_link, [members]}}
+
+  def start_link(members),
+    do: Supervisor.start_link(children(members), strategy: :one_for_one, name: __MODULE__)
+
 
   defp children(members) do
     for member <- members -- [node()],
@@ -187,117 +199,6 @@ defmodule ExESDB.StandIn.Links do
     Process.sleep(300)
     keep(member)
   end
-end
-
-defmodule ExESDB.StandIn.Names do
-  @moduledoc """
-  The Swarm registry: every node knows the names of all. Changes go to the connected nodes, a node that comes up is
-  sent all local names, a node that goes down takes its names along (not with the switch `:keep_dead_names`, which is
-  how real Swarm sometimes behaves). There is no conflict resolution: a name that is taken is refused.
-  """
-
-  use GenServer
-
-  alias ExESDB.StandIn
-
-  @table :standin_names
-
-  def start_link(_), do: GenServer.start_link(__MODULE__, nil, name: __MODULE__)
-  def register(name, pid), do: GenServer.call(__MODULE__, {:register, name, pid})
-  def register_many(names, pid), do: GenServer.call(__MODULE__, {:register_many, names, pid}, :infinity)
-  def unregister(name), do: GenServer.call(__MODULE__, {:unregister, name})
-  def all, do: :ets.tab2list(@table)
-
-  def whereis(name) do
-    case :ets.lookup(@table, name) do
-      [{_, pid}] -> pid
-      [] -> :undefined
-    end
-  end
-
-  @doc "The names real ExESDB leaves behind for each stream or snapshot it ever touched."
-  def leave_behind(name), do: if(whereis(name) == :undefined, do: register(name, Process.whereis(__MODULE__)))
-
-  @impl true
-  def init(nil) do
-    :ets.new(@table, [:named_table, :protected, read_concurrency: true])
-    :net_kernel.monitor_nodes(true)
-    for node <- Node.list(), do: tell(node, {:hello, node()})
-    {:ok, nil}
-  end
-
-  @impl true
-  def handle_call({:register, name, pid}, _from, state) do
-    if :ets.insert_new(@table, {name, pid}) do
-      Process.monitor(pid)
-      tell_all({:add, [{name, pid}]})
-      {:reply, :yes, state}
-    else
-      {:reply, :no, state}
-    end
-  end
-
-  def handle_call({:register_many, names, pid}, _from, state) do
-    entries = for name <- names, do: {name, pid}
-    :ets.insert(@table, entries)
-    tell_all({:add, entries})
-    {:reply, :ok, state}
-  end
-
-  def handle_call({:unregister, name}, _from, state) do
-    remove(:ets.lookup(@table, name))
-    {:reply, :ok, state}
-  end
-
-  @impl true
-  def handle_info({:add, entries}, state), do: :ets.insert(@table, entries) && {:noreply, state}
-
-  def handle_info({:remove, entries}, state) do
-    for entry <- entries, do: :ets.delete_object(@table, entry)
-    {:noreply, state}
-  end
-
-  def handle_info({:hello, node}, state) do
-    tell(node, {:add, local()})
-    {:noreply, state}
-  end
-
-  def handle_info({:nodeup, node}, state) do
-    tell(node, {:add, local()})
-    {:noreply, state}
-  end
-
-  def handle_info({:nodedown, node}, state) do
-    unless StandIn.switch(:keep_dead_names, false),
-      do: for({_, pid} = entry <- all(), node(pid) == node, do: :ets.delete_object(@table, entry))
-
-    {:noreply, state}
-  end
-
-  def handle_info({:DOWN, _, :process, pid, _}, state) do
-    remove(:ets.match_object(@table, {:_, pid}))
-    {:noreply, state}
-  end
-
-  defp remove(entries) do
-    for entry <- entries, do: :ets.delete_object(@table, entry)
-    tell_all({:remove, entries})
-  end
-
-  defp local, do: for({_, pid} = entry <- all(), node(pid) == node(), do: entry)
-  defp tell_all(message), do: for(node <- StandIn.options().members -- [node()], do: tell(node, message))
-  defp tell(node, message), do: :erlang.send({__MODULE__, node}, message, [:noconnect, :nosuspend])
-end
-
-defmodule Swarm do
-  @moduledoc "What others ask a node with Swarm by rpc. There is no tracker process: nobody can join this registry."
-
-  alias ExESDB.StandIn.Names
-
-  def registered, do: Names.all()
-  def whereis_name(name), do: Names.whereis(name)
-  def register_name(name, pid), do: Names.register(name, pid)
-  def unregister_name(name), do: Names.unregister(name)
 end
 
 defmodule ExESDB.StreamsHelper do
@@ -370,7 +271,7 @@ defmodule ExESDB.StandIn.Writer do
 
   @impl true
   def init({name, _store, _stream}) do
-    StandIn.Names.register(name, self())
+    Swarm.register_name(name, self())
     {:ok, nil}
   end
 
@@ -412,8 +313,9 @@ defmodule ExESDB.GatewayWorker do
   use GenServer
 
   alias ExESDB.StandIn
-  alias ExESDB.StandIn.{Names, Raft, Tree, Writer}
+  alias ExESDB.StandIn.{Raft, Tree, Writer}
   alias ExESDB.StreamsHelper
+  alias Swarm.Tracker
 
   @timeout_ms 5_000
 
@@ -431,7 +333,7 @@ defmodule ExESDB.GatewayWorker do
   end
 
   defp register(store),
-    do: with(:no <- Names.register({:gateway_worker, store, node(), :rand.uniform(10_000)}, self()), do: register(store))
+    do: with(:no <- Swarm.register_name({:gateway_worker, store, node(), :rand.uniform(10_000)}, self()), do: register(store))
 
   @impl true
   def handle_call(request, _from, state) do
@@ -460,7 +362,7 @@ defmodule ExESDB.GatewayWorker do
 
   defp answer({:get_streams, store}) do
     need_store(store)
-    Names.leave_behind({:streams_reader_worker, store, "general_info"})
+    Tracker.leave_behind({:streams_reader_worker, store, "general_info"})
     {:ok, for({stream, _} <- ExESDB.StoreInfo.get_streams!(store), do: stream)}
   end
 
@@ -484,13 +386,13 @@ defmodule ExESDB.GatewayWorker do
 
   defp answer({:read_snapshot, store, source, stream, version}) do
     need_store(store)
-    Names.leave_behind({:snaps_reader, store, source, stream})
+    Tracker.leave_behind({:snaps_reader, store, source, stream})
     with {:ok, row} <- Tree.get(Tree.table(store), snapshot_path(source, stream, version)), do: {:ok, Tree.data(row)}
   end
 
   defp answer({:list_snapshots, store, source, stream}) do
     need_store(store)
-    Names.leave_behind({:snaps_reader, store, source, stream})
+    Tracker.leave_behind({:snaps_reader, store, source, stream})
     {:ok, data_by_path(store, [:snapshots, any(source), any(stream), {:if_node_exists, true}])}
   end
 
@@ -529,11 +431,10 @@ defmodule ExESDB.GatewayWorker do
 
   defp answer({:list_stores}) do
     %{members: members, stores: stores, data: data, started: started} = StandIn.options()
-    live = for member <- members, member == node() or member in Node.list(), do: member
     type = if length(members) == 1, do: :single, else: :cluster
 
     {:ok,
-     for node <- live, store <- stores do
+     for node <- StandIn.live_members(), store <- stores do
        description = %{store_id: store, store_description: "stand-in store", tags: ["stand-in"], data_dir: data}
        settings = %{db_type: type, auto_start: true, environment: nil, priority: :normal, pub_sub: nil, timeout: 10_000}
        idle = %{reader_idle_ms: nil, writer_idle_ms: nil, status: :active, version: 1, created_at: started}
@@ -558,13 +459,13 @@ defmodule ExESDB.GatewayWorker do
 
   defp perform({:record_snapshot, store, source, stream, version, record}) do
     need_store(store)
-    Names.leave_behind({:snapshots_writer, store, source, stream})
+    Tracker.leave_behind({:snapshots_writer, store, source, stream})
     in_another_process(fn -> Raft.command(store, {:put, snapshot_path(source, stream, version), record}, @timeout_ms) end)
   end
 
   defp perform({:delete_snapshot, store, source, stream, version}) do
     need_store(store)
-    Names.leave_behind({:snapshots_writer, store, source, stream})
+    Tracker.leave_behind({:snapshots_writer, store, source, stream})
     in_another_process(fn -> Raft.command(store, {:delete, snapshot_path(source, stream, version)}, @timeout_ms) end)
   end
 
@@ -588,7 +489,7 @@ defmodule ExESDB.GatewayWorker do
   end
 
   defp lazy_events(store, stream, start, count, direction) do
-    Names.leave_behind({:streams_reader_worker, store, stream})
+    Tracker.leave_behind({:streams_reader_worker, store, stream})
     last = Writer.version(store, stream)
 
     wanted =
@@ -679,7 +580,7 @@ end
 
 # Run as a script it loads the rest and starts; compiled by the tests (standin.py) it only defines modules.
 if System.get_env("STANDIN_STORES") do
-  for file <- ["tree.exs", "raft.exs"], do: Code.require_file(file, __DIR__)
+  for file <- ["tree.exs", "raft.exs", "swarm.exs", "pubsub.exs"], do: Code.require_file(file, __DIR__)
   if System.get_env("STANDIN_KHEPRI", "1") != "0", do: Code.require_file("khepri.exs", __DIR__)
   ExESDB.StandIn.start_from_environment()
 end

@@ -163,7 +163,8 @@ defmodule ExESDB.StandIn.Tree do
   defp holds?({:if_child_list_length, wanted}, row), do: compare(elem(row, 4), wanted)
   defp holds?({:if_path_matches, regex, _}, row), do: named?(row, regex)
   defp holds?({:if_name_matches, regex, _}, row), do: named?(row, regex)
-  defp holds?({:if_data_matches, pattern, guards, _}, row), do: data_matches?(row, pattern, guards)
+  defp holds?({:if_data_matches, _, _, _}, row) when elem(row, 1) == :none, do: false
+  defp holds?({:if_data_matches, pattern, guards, _}, row), do: data_matches?(data(row), pattern, guards)
   defp holds?(name, {{_, path}, _, _, _, _}) when is_atom(name) or is_binary(name), do: List.last(path) == name
 
   defp compare(value, {:eq, other}), do: value == other
@@ -177,9 +178,8 @@ defmodule ExESDB.StandIn.Tree do
   defp named?(_row, :any), do: true
   defp named?(row, regex), do: :re.run(to_string(List.last(path(row))), regex, capture: :none) == :match
 
-  defp data_matches?({_, :none, _, _, _}, _pattern, _guards), do: false
-
-  defp data_matches?({_, {:data, data}, _, _, _}, pattern, guards) do
+  @doc "Khepri's `if_data_matches`: the pattern is that of a match specification, maps match by a subset of keys."
+  def data_matches?(data, pattern, guards) do
     specification = :ets.match_spec_compile([{{pattern}, guards, [true]}])
     :ets.match_spec_run([{data}], specification) == [true]
   end
