@@ -3,12 +3,12 @@
 "Protocol between Connected Nodes" of the distribution protocol chapter: after the handshake every message is a four-
 byte length and a body; an empty body is a tick. `FrameReader` cuts the stream (no I/O), `PeerProtocol` is the asyncio
 shell that first feeds the handshake and then the reader, `Connection` is what the node knows of a peer: it exists
-from the first attempt to send on, so that a send to an unconnected node queues here until the handshake is done.
+from the first attempt to send on, so that a send to an unconnected node waits here until the handshake is done.
 
-States of a `Connection`: *connecting* (no transport yet, output is queued), *up*, *down* (every monitor, link, call and
-spawn that depended on it has been told `noconnection`).
+States of a `Connection`: *connecting* (what is sent waits: its final form depends on what the peer can do), *up*,
+*down* (every monitor, link, call and spawn that depended on it has been told `noconnection`).
 
-All frames of one loop turn leave in one write: `enqueue` only collects, the node flushes at the end of the turn.
+All frames of one loop turn leave in one write: sending only collects, the node flushes at the end of the turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
-from gater.erl import etf
+from gater.erl import control, etf
 from gater.erl.errors import ErlError, HandshakeError, LimitExceeded, RemoteProtocolError
 from gater.erl.handshake import (
     HANDSHAKE_TIMEOUT_S,
@@ -33,26 +33,32 @@ from gater.erl.handshake import (
     StatusReceived,
 )
 from gater.erl.process import described
-from gater.erl.terms import Atom, Pid, Reference, Term
+from gater.erl.terms import Atom, EncodedTerm, Pid, Reference, Term
 
 if TYPE_CHECKING:
-    from gater.erl.node import Monitor, Node, SpawnCall
+    from gater.erl.node import Node
     from gater.erl.process import Process
+    from gater.erl.signals import Monitor, SpawnCall
 
 MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
 """The longest distribution message accepted. A BEAM splits what is larger than 64 kB when fragments are on and has no
 limit otherwise; this one holds a 128 MB binary with room and ends a stream whose length prefix is garbage."""
 
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
-"""What may wait to be written to one peer. A peer that does not read is disconnected beyond it."""
+"""What may wait to be written to one peer, connected or not. A peer for which more waits is disconnected."""
 
 JOIN_BYTES: Final = 64 * 1024
 """Frames are copied into one buffer up to this size; larger batches are handed to the transport as they are."""
 
+EXIT_PAYLOAD: Final = int(DistributionFlag.EXIT_PAYLOAD)
+"""Flags are tested as plain integers: the operators of `IntFlag` make an object each time."""
+
 PASS_THROUGH: Final = 112
 VERSION: Final = 131
 _LENGTH: Final = struct.Struct(">I")
-_FRAME_START: Final = b"\0\0\0\0" + bytes((PASS_THROUGH, VERSION))
+_pack_length: Final = _LENGTH.pack
+_FRAME_START: Final = bytes((PASS_THROUGH, VERSION))
+_PAYLOAD_START: Final = bytes((VERSION,))
 _TICK: Final = b"\0\0\0\0"
 
 log = structlog.get_logger(__name__)
@@ -61,23 +67,25 @@ log = structlog.get_logger(__name__)
 class FrameReader:
     """Cuts a byte stream into frames. Memory grows with what has arrived, never with what a prefix announces."""
 
-    __slots__ = ("_chunks", "_have", "_max_bytes", "_need")
+    __slots__ = ("_max_bytes", "_need", "_rest")
 
     def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._chunks: list[bytes] = []
-        self._have = 0
+        self._rest = bytearray()
         self._need = 4
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The bodies of the frames that `data` completes, in order; `b""` is a tick."""
-        if self._have:
-            self._chunks.append(data)
-            self._have += len(data)
-            if self._have < self._need:
+        """The bodies of the frames that `data` completes, in order; `b""` is a tick.
+
+        Raises LimitExceeded (`MAX_FRAME_BYTES`); the frames before the one that is too long are lost with it.
+        """
+        rest = self._rest
+        if rest:
+            rest += data
+            if len(rest) < self._need:
                 return []
-            data = b"".join(self._chunks)
-            self._chunks.clear()
+            data = bytes(rest)
+            rest.clear()
         frames: list[bytes] = []
         position = 0
         size = len(data)
@@ -92,10 +100,9 @@ class FrameReader:
                 break
             frames.append(data[position + 4 : end])
             position = end
-        self._have = size - position
-        if self._have:
-            self._chunks.append(data[position:] if position else data)
-        self._need = need
+        if position < size:
+            rest += data[position:]
+            self._need = need
         return frames
 
 
@@ -104,13 +111,16 @@ class Connection:
 
     __slots__ = (
         "_node",
+        "_op_send",
         "_out",
         "_out_bytes",
         "_sent_since_tick",
+        "_waiting",
         "atoms",
         "attempt",
         "creation",
         "flags",
+        "inbound",
         "links",
         "monitors",
         "on_settled",
@@ -120,6 +130,7 @@ class Connection:
         "silent_ticks",
         "spawns",
         "state",
+        "unlinking",
         "watched",
     )
 
@@ -128,8 +139,12 @@ class Connection:
         self.peer = peer
         self.state = "connecting"
         self.creation = 0
-        self.flags = DistributionFlag(0)
+        self.flags = 0
+        """What both sides can do (`DistributionFlag`s); known once the connection is up."""
         self.protocol: PeerProtocol | None = None
+        """The stream that carries the connection or, while connecting, the one that we have opened."""
+        self.inbound: PeerProtocol | None = None
+        """While connecting: a stream opened by the peer whose handshake has been let through."""
         self.attempt: asyncio.Task[None] | None = None
         self.on_settled: list[Callable[[ErlError | None], None]] = []
         """Called once the attempt has ended, with the error if it failed."""
@@ -140,40 +155,89 @@ class Connection:
         """Their monitors on processes here."""
         self.links: dict[Pid, set[Process]] = {}
         """Processes there that processes here are linked with."""
+        self.unlinking: set[tuple[Process, Pid]] = set()
+        """Links undone here that the other side has not acknowledged (`UNLINK_ID`)."""
         self.spawns: dict[Reference, SpawnCall] = {}
         """Our spawn requests that have not been answered."""
         self.queued = False
         self.silent_ticks = 0
+        self._op_send = control.OP_SEND_SENDER
         self._sent_since_tick = False
-        self._out: list[bytes | bytearray] = []
+        self._out: list[bytes] = []
         self._out_bytes = 0
+        self._waiting: list[Callable[[], None]] = []
+        """While connecting: what has been sent, as what to do once the peer's flags are known."""
 
     def __repr__(self) -> str:
         return f"<Connection {self.peer} {self.state}>"
 
     # Out
 
-    def send_control(self, control: tuple[Term, ...]) -> None:
-        """Queue a control message without payload."""
-        frame = bytearray(_FRAME_START)
-        etf.encode_into(frame, control)
-        self._enqueue(frame)
+    def send(self, sender: Pid, to: Pid, message: Term) -> None:
+        """Send a message to a process there."""
+        if self._op_send == control.OP_SEND_SENDER:
+            self.send_message((control.OP_SEND_SENDER, sender, to), message)
+        else:
+            self.send_message((control.OP_SEND, control.UNUSED, to), message)
 
-    def send_message(self, control: tuple[Term, ...], message: Term) -> None:
-        """Queue a control message and its payload term."""
-        frame = bytearray(_FRAME_START)
-        etf.encode_into(frame, control)
-        frame.append(VERSION)
-        etf.encode_into(frame, message)
-        self._enqueue(frame)
+    def send_control(self, message: tuple[Term, ...], needs: int = 0) -> None:
+        """Send a control message without payload; dropped if the peer lacks the flag that it `needs`."""
+        if self.state == "up":
+            if needs and not self.flags & needs:
+                return
+            pieces: list[bytes] = [_FRAME_START]
+            etf.encode_into(pieces, message)
+            self._enqueue(b"".join(pieces))
+        elif self.state == "connecting":
+            self._wait_with(lambda: self.send_control(message, needs), 0)
 
-    def _enqueue(self, frame: bytearray) -> None:
-        if self.state == "down":
-            return
-        size = len(frame)
-        _LENGTH.pack_into(frame, 0, size - 4)
-        self._out.append(frame)
-        self._out_bytes += size
+    def send_message(self, message: tuple[Term, ...], payload: Term, needs: int = 0) -> None:
+        """Send a control message and its payload term; dropped if the peer lacks the flag that it `needs`.
+
+        EncodeError if the payload is no term; nothing is sent then.
+        """
+        if self.state == "up":
+            if needs and not self.flags & needs:
+                return
+            pieces: list[bytes] = [_FRAME_START]
+            etf.encode_into(pieces, message)
+            pieces.append(_PAYLOAD_START)
+            etf.encode_into(pieces, payload)
+            self._enqueue(b"".join(pieces))
+        elif self.state == "connecting":
+            kept = EncodedTerm(etf.encode_term(payload))
+            self._wait_with(lambda: self.send_message(message, kept, needs), len(kept.data))
+
+    def send_reason(self, opcode: int, plain_opcode: int, ends: tuple[Term, ...], reason: Term) -> None:
+        """Send an exit reason: as the payload of `opcode` if the peer knows that (`EXIT_PAYLOAD`), else within
+        `plain_opcode`."""
+        if self.state == "connecting":
+            kept = EncodedTerm(etf.encode_term(reason))
+            self._wait_with(lambda: self.send_reason(opcode, plain_opcode, ends, kept), len(kept.data))
+        elif self.flags & EXIT_PAYLOAD:
+            self.send_message((opcode, *ends), reason)
+        else:
+            self.send_control((plain_opcode, *ends, reason))
+
+    def when_up(self, then: Callable[[], None]) -> None:
+        """Do `then` now or, while connecting, in its turn among what waits to be sent; never if the attempt fails."""
+        if self.state == "up":
+            then()
+        elif self.state == "connecting":
+            self._wait_with(then, 0)
+
+    def _wait_with(self, then: Callable[[], None], size: int) -> None:
+        self._waiting.append(then)
+        self._out_bytes += size + _WAITING_BYTES
+        if self._out_bytes > MAX_QUEUED_BYTES:
+            self._node.peers.connection_lost(self, f"MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} while connecting")
+
+    def _enqueue(self, body: bytes) -> None:
+        size = len(body)
+        out = self._out
+        out.append(_pack_length(size))
+        out.append(body)
+        self._out_bytes += size + 4
         if not self.queued:
             self.queued = True
             self._node.flush_later(self)
@@ -181,18 +245,12 @@ class Connection:
     def flush(self) -> None:
         """Write what this loop turn has collected. Called by the node at the end of a turn."""
         self.queued = False
-        protocol = self.protocol
-        if protocol is None or protocol.transport is None:
-            if self._out_bytes > MAX_QUEUED_BYTES:
-                self._node.connection_lost(self, "more was sent than may be queued while connecting")
-            return
         out = self._out
-        if not out:
+        protocol = self.protocol
+        if not out or protocol is None or protocol.transport is None:
             return
         transport = protocol.transport
-        if len(out) == 1:
-            transport.write(out[0])
-        elif self._out_bytes <= JOIN_BYTES:
+        if self._out_bytes <= JOIN_BYTES:
             transport.write(b"".join(out))
         else:
             transport.writelines(out)
@@ -200,21 +258,40 @@ class Connection:
         self._out_bytes = 0
         self._sent_since_tick = True
         if transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
-            self.abort(f"peer does not read: more than {MAX_QUEUED_BYTES} bytes wait for it")
+            self.abort(f"peer does not read: MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} to wait for it")
 
     def take_over(self, protocol: PeerProtocol, flags: DistributionFlag, creation: int) -> None:
-        """The handshake is done: this transport now carries the connection."""
+        """The handshake is done: this stream now carries the connection, and what waited is sent."""
         self.protocol = protocol
-        self.flags = flags
+        self.inbound = None
+        self.flags = int(flags)
         self.creation = creation
         self.state = "up"
-        if self._out:
-            self.flush()
+        if not flags & DistributionFlag.SEND_SENDER:
+            self._op_send = control.OP_SEND
+        self._out_bytes = 0
+        waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            then()
+
+    def drop_output(self) -> None:
+        """The connection is down: what has not been written never will be."""
+        self._out.clear()
+        self._waiting.clear()
+        self._out_bytes = 0
+
+    def drop_link(self, process: Process, other: Pid) -> None:
+        """`process` is no longer linked with `other`, which lives there."""
+        linked = self.links.get(other)
+        if linked is not None:
+            linked.discard(process)
+            if not linked:
+                del self.links[other]
 
     def tick(self, allowed_silence: int) -> None:
         """A quarter of the tick time has passed: say something if nothing was said; give up on a silent peer."""
         protocol = self.protocol
-        if protocol is None or protocol.transport is None:
+        if self.state != "up" or protocol is None or protocol.transport is None:
             return
         if protocol.received:
             protocol.received = False
@@ -231,10 +308,14 @@ class Connection:
 
     def abort(self, why: str) -> None:
         """End the connection at once; what is queued is lost."""
-        if self.protocol is not None:
-            self.protocol.fail(why)
-        else:
-            self._node.connection_lost(self, why)
+        protocol = self.protocol
+        self._node.peers.connection_lost(self, why)
+        if protocol is not None:
+            protocol.fail(why)
+
+
+_WAITING_BYTES: Final = 256
+"""What a waiting send takes beside its payload, roughly."""
 
 
 class PeerProtocol(asyncio.Protocol):
@@ -246,38 +327,47 @@ class PeerProtocol(asyncio.Protocol):
         self.received = False
         self._node = node
         self._handshake: Handshake | None = handshake
-        self._reader = FrameReader(node.max_frame_bytes)
-        self._why = "connection closed by peer"
+        self._reader = FrameReader(node.options.max_frame_bytes)
+        self._why = ""
+        self._closing = False
         self._error: HandshakeError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self.peer_name: str | None = None if connection is None else connection.peer.name
+        """Who the peer is, or claims to be until the handshake is done."""
         self.peer_address: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.peer_address = transport.get_extra_info("peername")
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._stalled)
-        self._node.handshake_begun(self)
-        if self._handshake is not None:
+        self._node.peers.stream_opened(self)
+        if self._handshake is not None and not self._closing:
             self._carry_out(self._handshake.start())
 
     def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
         self.received = True
         if self._handshake is not None:
             data = self._shake(data)
-            if not data:
-                return
-        node = self._node
         connection = self.connection
-        assert connection is not None
+        if not data or connection is None:
+            return
+        node = self._node
+        route = node.router.route
+        node.begin_turn()
         try:
             for frame in self._reader.feed(data):
                 if frame:
-                    node.route(connection, frame)
+                    route(connection, frame)
+                    if connection.state != "up":
+                        break
         except RemoteProtocolError as error:
-            self.fail(str(error))
+            log.warning("protocol_error", node=str(node.name), peer=str(connection.peer), reason=str(error))
+            connection.abort(f"protocol error: {error}")
         except Exception as error:
             log.error("route_failed", node=str(node.name), peer=str(connection.peer), error=described(error))
-            self.fail(f"internal error: {error!r}")
+            connection.abort(f"internal error: {error!r}")
         node.turn()
 
     def _shake(self, data: bytes) -> bytes:
@@ -291,27 +381,28 @@ class PeerProtocol(asyncio.Protocol):
             if self.transport is not None:
                 self.transport.write(handshake.farewell)
             self.close(str(error))
+        if self._closing or self._handshake is not None:
             return b""
-        return b"" if self._handshake is not None else handshake.leftover
+        return handshake.leftover
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
-            if self.transport is None:
+            handshake = self._handshake
+            if self._closing or self.transport is None or handshake is None:
                 return
             match effect:
                 case Send(data):
                     self.transport.write(data)
-                case PeerNamed():
-                    assert self._handshake is not None
-                    status, cookie, refusal = self._node.judge_peer(self, effect)
-                    self._carry_out(self._handshake.accept(status, cookie))
+                case PeerNamed(name):
+                    self.peer_name = name
+                    status, cookie, refusal = self._node.peers.judge(self, effect)
+                    self._carry_out(handshake.accept(status, cookie))
                     if refusal is not None:
                         self._error = refusal
                         self.close(str(refusal))
                 case StatusReceived("alive"):
-                    assert self._handshake is not None
-                    proceed = self._node.wants_replacement(self)
-                    self._carry_out(self._handshake.confirm_alive(proceed))
+                    proceed = self._node.peers.wants_replacement(self)
+                    self._carry_out(handshake.confirm_alive(proceed))
                     if not proceed:
                         self.close("the connection that the peer asked about is alive")
                 case StatusReceived():
@@ -320,38 +411,43 @@ class PeerProtocol(asyncio.Protocol):
                     self._complete(effect)
 
     def _complete(self, done: Completed) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         self._handshake = None
-        self.connection = self._node.handshake_completed(self, done)
+        self.connection = self._node.peers.handshake_completed(self, done)
         if self.connection is None:
             self.fail("the handshake was overtaken by another connection to the same node")
 
     def _stalled(self) -> None:
         if self._handshake is not None:
-            self.fail(f"no handshake within {HANDSHAKE_TIMEOUT_S:g} s: gave up {self._handshake.describe_stall()}")
+            self.fail(f"no handshake within {HANDSHAKE_TIMEOUT_S:g} s: gave up")
 
     def fail(self, why: str) -> None:
         """Close the stream at once, for this reason."""
-        self._why = why
+        self._why = self._why or why
+        self._closing = True
         if self.transport is not None:
             self.transport.abort()
 
     def close(self, why: str) -> None:
         """Close the stream after what has been written."""
-        self._why = why
+        self._why = self._why or why
+        self._closing = True
         if self.transport is not None:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         self.transport = None
-        why = self._why if exc is None else f"{self._why} ({exc})"
+        why = self._why or "connection closed by the peer"
+        if exc is not None:
+            why = f"{why} ({exc})"
         error = None
         if self._handshake is not None:
             error = self._error or HandshakeError(f"{why} {self._handshake.describe_stall()}")
             self._handshake = None
-        self._node.stream_ended(self, why, error)
+        self._node.peers.stream_ended(self, why, error)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

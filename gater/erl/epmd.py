@@ -284,7 +284,14 @@ class BuiltinEpmd:
             self.port = listener.sockets[0].getsockname()[1]
         self._state = EpmdServer(self.port, secrets.randbits(32))
         for listener in self._listeners:
-            await listener.start_serving()
+            try:
+                await listener.start_serving()
+            except OSError as error:
+                # Bound, but another program has begun to listen there meanwhile.
+                await self.close()
+                raise EpmdPortInUse(
+                    f"the built-in EPMD cannot listen on port {self.port}: {error.strerror or error}"
+                ) from error
 
     async def close(self) -> None:
         """Stop listening and drop all connections, and so all names."""

@@ -14,12 +14,13 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType, NoneType
 from typing import Any, Final, NamedTuple
 
 from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied
 from gater.erl.node import Monitor, Node
 from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop
-from gater.erl.terms import Atom, ImproperList, Pid, Reference, Term
+from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
 
 GEN_CALL: Final = Atom("$gen_call")
 GEN_CAST: Final = Atom("$gen_cast")
@@ -30,8 +31,13 @@ ERROR: Final = Atom("error")
 NODEDOWN: Final = Atom("nodedown")
 TIMEOUT_REASON: Final = Atom("timeout")
 
+_BAD_REPLY: Final = Atom("bad_reply")
+
 CALL_TIMEOUT_S: Final = 5.0
 """The default of `gen_server:call/2`."""
+
+_TERMS: Final = frozenset({tuple, Atom, bytes, list, dict, int, bool, NoneType, str, float, Pid, EncodedTerm})
+"""Types of answers that are terms beyond doubt: asking `inspect.isawaitable` costs more than the rest of the call."""
 
 MAX_SUSPENDED_MESSAGES: Final = 100_000
 """Messages kept for a server that `sys:suspend` has stopped; one more ends it."""
@@ -99,7 +105,8 @@ class GenServer:
 
     def reply(self, caller: Caller, answer: Term) -> None:
         """Answer a call that was left open with `NO_REPLY`."""
-        self.process.node.reply(caller, answer)
+        process = self.process
+        process.node.reply(caller, answer, process.pid)
 
     def cast_after(self, delay_s: float, message: Term) -> asyncio.TimerHandle:
         """Have `handle_info(message)` called in `delay_s` seconds; the handle returned can cancel it."""
@@ -129,10 +136,11 @@ class ServerReceiver:
             if kind is GEN_CALL and len(message) == 3 and _is_from(message[1]):
                 caller = Caller(*message[1])
                 answer = self.server.handle_call(message[2], caller)
-                if inspect.isawaitable(answer):
+                if type(answer) is CoroutineType or (type(answer) not in _TERMS and inspect.isawaitable(answer)):
                     return self._answer_later(caller, answer)
                 if answer is not NO_REPLY:
-                    self.process.node.reply(caller, answer)
+                    process = self.process
+                    process.node.reply(caller, answer, process.pid)
                 return None
             if kind is GEN_CAST and len(message) == 2:
                 return self.server.handle_cast(message[1])
@@ -144,7 +152,7 @@ class ServerReceiver:
     async def _answer_later(self, caller: Caller, answer: Awaitable[Term]) -> None:
         result = await answer
         if result is not NO_REPLY:
-            self.process.node.reply(caller, result)
+            self.process.node.reply(caller, result, self.process.pid)
 
     def _keep(self, message: Term) -> None:
         if len(self._kept) >= MAX_SUSPENDED_MESSAGES:
@@ -166,18 +174,18 @@ class ServerReceiver:
             case "resume":
                 self.suspended = False
                 kept, self._kept = self._kept, deque()
-                self.process.node.reply(caller, OK)
+                self.process.node.reply(caller, OK, self.process.pid)
                 for message in kept:
                     self.process.deliver(message)
                 return
             case "terminate":
-                self.process.node.reply(caller, OK)
+                self.process.node.reply(caller, OK, self.process.pid)
                 raise Stop(request[1] if type(request) is tuple and len(request) == 2 else NORMAL)
             case "replace_state":
                 reply = (ERROR, (Atom("unsupported"), b"the state of a Python server is not an Erlang term"))
             case _:
                 reply = (ERROR, (Atom("unknown_system_msg"), request))
-        self.process.node.reply(caller, reply)
+        self.process.node.reply(caller, reply, self.process.pid)
 
     def _status(self) -> Term:
         """`{status, Pid, {module, Module}, [PDict, SysState, Parent, Debug, Misc]}`, as `sys.erl` builds it."""
@@ -262,10 +270,14 @@ class PendingCall:
         self._monitor: Monitor | None = None
         sender = node.client.pid
         # The message is {Tag, Reply}: one level more than the reply itself.
-        self._alias = node.open_alias(self._replied, None if spine_levels is None else spine_levels + 1)
-        if watched:
-            self._monitor = node.monitor(target, self._down, sender, self._alias)
-        node.send(target, (GEN_CALL, (sender, ImproperList([ALIAS], self._alias)), request), sender)
+        self._alias = node.open_alias(self._replied, None if spine_levels is None else spine_levels + 1, once=True)
+        try:
+            if watched:
+                self._monitor = node.monitor(target, self._down, sender, self._alias)
+            node.send(target, (GEN_CALL, (sender, ImproperList([ALIAS], self._alias)), request), sender)
+        except BaseException:
+            self._end()
+            raise
         if timeout_s is not None:
             self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out, timeout_s)
 
@@ -291,13 +303,16 @@ class PendingCall:
 
     def _replied(self, message: Term) -> None:
         on_done = self._on_done
-        if on_done is None or type(message) is not tuple or len(message) != 2:
+        if on_done is None:
             return
         self._on_done = None
         self._end()
-        on_done(message[1], None)
+        if type(message) is tuple and len(message) == 2:
+            on_done(message[1], None)
+        else:
+            on_done(None, ProcessDied(_BAD_REPLY, f"{_shown(self.target)} sent something that is no reply"))
 
-    def _down(self, monitor: Monitor, reason: Term) -> None:
+    def _down(self, _: Monitor, reason: Term) -> None:
         self.fail(down_error(self.target, reason))
 
     def _timed_out(self, timeout_s: float) -> None:
@@ -356,10 +371,11 @@ def cast(node: Node, target: Term, message: Term, sender: Pid | None = None) -> 
     node.send(target, (GEN_CAST, message), sender)
 
 
-async def stop(
-    node: Node, target: Pid | Reference, reason: Term = NORMAL, *, timeout_s: float = CALL_TIMEOUT_S
-) -> None:
-    """`gen_server:stop(Target, Reason, Timeout)`: have a server terminate, and wait until it has."""
+async def stop(node: Node, target: Term, reason: Term = NORMAL, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    """`gen_server:stop(Target, Reason, Timeout)`: have a server terminate, and wait until it has.
+
+    Raises `CallTimeout`, `NoProcess` or, if it ended for another reason, `ProcessDied` or `ConnectionLost`.
+    """
     gone: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
 
     def down(monitor: Monitor, why: Term) -> None:
@@ -371,8 +387,10 @@ async def stop(
     node.send(target, (SYSTEM, (node.client.pid, tag), (Atom("terminate"), reason)))
     try:
         async with asyncio.timeout(timeout_s):
-            await gone
+            why = await gone
     except TimeoutError:
         raise CallTimeout(TIMEOUT_REASON, f"{_shown(target)} did not stop within {timeout_s:g} s") from None
     finally:
         node.demonitor(monitor)
+    if why != reason:
+        raise down_error(target, why)

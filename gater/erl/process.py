@@ -17,15 +17,17 @@ import asyncio
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import structlog
 
-from gater.erl.errors import ErlangError, ErlangExit, ErlangThrow, LimitExceeded
+from gater.erl.errors import ErlangError, ErlangExit, ErlangThrow
 from gater.erl.terms import Atom, Pid, Reference, Term
 
 if TYPE_CHECKING:
-    from gater.erl.node import Monitor, Node
+    from gater.erl.node import Node
+    from gater.erl.signals import Monitor
 
 MAX_MAILBOX_MESSAGES: Final = 1_000_000
 """A process that lets more messages than this wait is ended with `mailbox_limit`.
@@ -53,6 +55,9 @@ _FILE: Final = Atom("file")
 _LINE: Final = Atom("line")
 
 log = structlog.get_logger(__name__)
+
+
+AliasMode: TypeAlias = Literal["explicit_unalias", "demonitor", "reply_demonitor"]
 
 
 class Stop(Exception):
@@ -143,6 +148,7 @@ class Process:
         "receiver",
         "scheduled",
         "spine_levels",
+        "tied",
         "trap_exit",
         "unlinking",
     )
@@ -165,6 +171,8 @@ class Process:
         """Who watches: remote watchers as (pid, the name or pid they watch), local ones as what to call with the
         reason."""
         self.aliases: set[Reference] = set()
+        self.tied: set[Reference] = set()
+        """Those of the aliases that end with the monitor of the same reference."""
         self.alive = True
         self.scheduled = False
         self._mailbox: deque[Term] = deque()
@@ -179,6 +187,8 @@ class Process:
     def deliver(self, message: Term) -> None:
         """Put a message into the mailbox; it is handled in this loop turn unless an earlier one is still being
         handled."""
+        if not self.alive:
+            return
         mailbox = self._mailbox
         mailbox.append(message)
         if not self.scheduled and not self._busy:
@@ -258,37 +268,94 @@ class Process:
         gone)."""
         if other != self.pid and other not in self.links:
             self.links.add(other)
-            self.unlinking.pop(other, None)
-            self.node.send_link(self, other)
+            self.node.signals.link(self, other)
 
     def unlink(self, other: Pid) -> None:
         """Undo a link. No exit signal of `other` arrives afterwards."""
         if other in self.links:
             self.links.discard(other)
-            self.node.send_unlink(self, other)
+            self.node.signals.unlink(self, other)
 
-    def monitor(self, target: Term) -> Reference:
+    def monitor(self, target: Term, *, alias: AliasMode | None = None) -> Reference:
         """Watch a pid, a local name or `{Name, Node}`.
 
-        `{'DOWN', Ref, process, Target, Reason}` arrives when it is gone.
+        `{'DOWN', Ref, process, Target, Reason}` arrives when it is gone. With `alias` the reference is an alias of this
+        process as well (option `{alias, Mode}` of `erlang:monitor/3`): until `unalias` (`explicit_unalias`), until
+        the monitor ends (`demonitor`), or until that or the first message to it (`reply_demonitor`, which ends the
+        monitor with it).
         """
+        reference: Reference | None = None
+        if alias is not None:
+            reference = self._alias_of_monitor(alias)
 
         def down(monitor: Monitor, reason: Term) -> None:
             self.monitors.pop(monitor.reference, None)
+            self._untie(monitor.reference)
             self.deliver((DOWN, monitor.reference, PROCESS, monitor.object, reason))
 
-        monitor = self.node.monitor(target, down, self.pid)
-        if not monitor.fired:
-            self.monitors[monitor.reference] = monitor
+        monitor = self.node.monitor(target, down, self.pid, reference)
+        self.monitors[monitor.reference] = monitor
         return monitor.reference
 
     def demonitor(self, reference: Reference) -> bool:
         """Stop watching; False if the monitor had fired already or never was."""
         monitor = self.monitors.pop(reference, None)
+        self._untie(reference)
         if monitor is None:
             return False
         self.node.demonitor(monitor)
         return True
+
+    def alias(self, *, reply: bool = False) -> Reference:
+        """A new alias of this process: what is sent to it arrives here until `unalias`.
+
+        With `reply` only the first message does (option `reply` of `erlang:alias/1`).
+        """
+
+        def receive(message: Term) -> None:
+            if reply:
+                self.aliases.discard(reference)
+            self.deliver(message)
+
+        reference = self.node.open_alias(receive, self.spine_levels, once=reply)
+        self.aliases.add(reference)
+        return reference
+
+    def unalias(self, reference: Reference) -> bool:
+        """End an alias of this process; False if it is none (any more)."""
+        if reference not in self.aliases:
+            return False
+        self.aliases.discard(reference)
+        self.tied.discard(reference)
+        return self.node.close_alias(reference)
+
+    def _alias_of_monitor(self, mode: AliasMode) -> Reference:
+        def receive(message: Term) -> None:
+            if mode == "reply_demonitor":
+                self.demonitor(reference)
+            self.deliver(message)
+
+        reference = self.node.open_alias(receive, self.spine_levels)
+        self.aliases.add(reference)
+        if mode != "explicit_unalias":
+            self.tied.add(reference)
+        return reference
+
+    def _untie(self, reference: Reference) -> None:
+        if reference in self.tied:
+            self.unalias(reference)
+
+    def send_after(self, delay_s: float, to: Term, message: Term) -> asyncio.TimerHandle:
+        """`erlang:send_after`: send `message` to `to` in `delay_s` seconds; the handle returned can cancel it.
+
+        Nothing is sent when this process has ended by then.
+        """
+
+        def due() -> None:
+            if self.alive:
+                self.send(to, message)
+
+        return self.node.loop.call_later(delay_s, due)
 
     def register(self, name: str | Atom) -> None:
         """Give this process a name on its node (`NodeError` if it is taken)."""
@@ -313,7 +380,10 @@ class Process:
             self.exit(reason)
 
     def exit(self, reason: Term) -> None:
-        """End this process with `reason` now: names freed, monitors fired, links signalled, its coroutine cancelled."""
+        """End this process with `reason` now: names freed, monitors fired, links signalled, its coroutine cancelled.
+
+        An error in the receiver's `terminate` is logged; the reason stays what it is.
+        """
         if not self.alive:
             return
         self.alive = False
@@ -365,7 +435,7 @@ class Mailbox:
     def __init__(self, main: Callable[[Mailbox], Coroutine[Any, Any, object]]) -> None:
         self.process: Process
         self._main = main
-        self._messages: list[Term] = []
+        self._messages: deque[Term] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[object] | None = None
 
@@ -398,7 +468,7 @@ class Mailbox:
     def receive(self, message: Term) -> None:
         self._messages.append(message)
         if len(self._messages) > MAX_MAILBOX_MESSAGES:
-            raise LimitExceeded("MAX_MAILBOX_MESSAGES", MAX_MAILBOX_MESSAGES)
+            raise Stop(MAILBOX_LIMIT)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -412,13 +482,19 @@ class Mailbox:
         Raises TimeoutError when none has come within `timeout_s` seconds.
         """
         looked_at = 0
+        messages = self._messages
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         while True:
-            while looked_at < len(self._messages):
-                if match is None or match(self._messages[looked_at]):
-                    return self._messages.pop(looked_at)
-                looked_at += 1
+            if match is None:
+                if messages:
+                    return messages.popleft()
+            else:
+                for index, message in enumerate(islice(messages, looked_at, None), looked_at):
+                    if match(message):
+                        del messages[index]
+                        return message
+                looked_at = len(messages)
             self._waiter = loop.create_future()
             try:
                 async with asyncio.timeout_at(deadline):

@@ -436,13 +436,7 @@ def erpc_cast(
     if Atom(str(peer)) is node.name:
         _Service(node).apply(name, called, args, lambda result, error: None)
         return
-    monitor = node.spawn_request(
-        Atom(str(peer)),
-        (ERPC, _EXECUTE_CAST, [name, called, args]),
-        on_error=lambda reason: None,
-        on_down=lambda monitor, reason: None,
-    )
-    node.abandon_spawn(monitor)
+    node.spawn_cast(Atom(str(peer)), (ERPC, _EXECUTE_CAST, [name, called, args]))
 
 
 async def erpc_multicall(
@@ -480,11 +474,13 @@ async def rpc_call(
     Reasons: `nodedown`, `timeout`, `{'EXIT', Reason}`. A thrown term is returned like a result.
     """
     try:
-        return await erpc_call(node, peer, module, function, arguments, timeout_s=timeout_s)
+        result = await erpc_call(node, peer, module, function, arguments, timeout_s=timeout_s)
     except ErlangThrow as error:
-        return error.reason
+        result = error.reason
     except ErlangException as error:
         return (BADRPC, _badrpc_reason(error.reason))
+    is_exit = type(result) is tuple and len(result) == 2 and result[0] is EXIT
+    return (BADRPC, result) if is_exit else result
 
 
 def _badrpc_reason(reason: Term) -> Term:

@@ -66,11 +66,15 @@ class Supervisor(GenServer):
         return self._running.get(child_id)
 
     async def start_child(self, spec: ChildSpec) -> GenServer:
-        """Add a child and start it."""
+        """Add a child and start it. Raises `NodeError` if its id is taken, and whatever `start` raises."""
         if any(known.id == spec.id for known in self._specs):
             raise NodeError(f"a child {spec.id!r} exists already")
         self._specs.append(spec)
-        return await self._start(spec)
+        try:
+            return await self._start(spec)
+        except BaseException:
+            self._specs.remove(spec)
+            raise
 
     async def init(self) -> None:
         self.process.trap_exit = True
@@ -95,10 +99,14 @@ class Supervisor(GenServer):
             self._specs.remove(spec)
             return
         self._count_restart(spec, reason)
-        for each in self._affected(spec):
+        affected = self._affected(spec)
+        for each in reversed(affected):
             self._end(each)
-        for each in self._affected(spec):
-            await self._restart(each)
+        for each in affected:
+            if each.restart == "temporary":
+                self._specs.remove(each)
+            else:
+                await self._restart(each)
 
     def _is_child(self, spec: ChildSpec, pid: Term) -> bool:
         server = self._running.get(spec.id)
