@@ -36,7 +36,8 @@ defmodule ExESDB.StandIn.PubSub do
   end
 
   @impl true
-  def handle_call({:subscribe, topic, pid}, _from, subscribers), do: {:reply, :ok, MapSet.put(subscribers, {topic, pid})}
+  def handle_call({:subscribe, topic, pid}, _from, subscribers),
+    do: {:reply, :ok, MapSet.put(subscribers, {topic, pid})}
 
   @impl true
   def handle_cast({:emit, store, event}, subscribers) do
@@ -68,7 +69,8 @@ defmodule ExESDB.StandIn.PubSub do
   defp matches?(%{type: :by_event_payload, selector: pattern}, event), do: Tree.data_matches?(event.data, pattern, [])
   defp matches?(_unknown, _event), do: false
 
-  defp topic(store, %{type: type, subscription_name: name, selector: selector}), do: "#{store}:#{suffix(type, name, selector)}"
+  defp topic(store, %{type: type, subscription_name: name, selector: selector}),
+    do: "#{store}:#{suffix(type, name, selector)}"
 
   defp suffix(:by_stream, "all-events", "$all"), do: "$all"
   defp suffix(:by_stream, "transient", selector), do: selector

@@ -223,7 +223,9 @@ defmodule ExESDB.StandIn.Raft do
   end
 
   defp receive_message({:append, term, previous, previous_term, entries, commit, seq}, from, state) do
-    state = if {term, from, :follower} == {state.term, state.leader, state.role}, do: state, else: follow(state, term, from)
+    state =
+      if {term, from, :follower} == {state.term, state.leader, state.role}, do: state, else: follow(state, term, from)
+
     state = postpone_election(%{state | heard: now()}, @election_ms)
 
     if previous <= state.last and term_at(state, previous) == previous_term do
@@ -270,7 +272,10 @@ defmodule ExESDB.StandIn.Raft do
   defp elect(state) do
     state = %{state | role: :candidate, term: state.term + 1, vote: state.me, votes: [state.me], leader: nil}
     state = state |> remember() |> postpone_election(@election_ms) |> publish()
-    for peer <- others(state), do: tell(state, peer, {:vote_request, state.term, state.last, term_at(state, state.last)})
+
+    for peer <- others(state),
+        do: tell(state, peer, {:vote_request, state.term, state.last, term_at(state, state.last)})
+
     count_votes(state)
   end
 

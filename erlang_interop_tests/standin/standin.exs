@@ -4,7 +4,15 @@
 
 defmodule ExESDB.Schema.NewEvent do
   @moduledoc false
-  defstruct [:event_id, :event_type, :data_content_type, :metadata_content_type, :data, :metadata, __unknown_fields__: []]
+  defstruct [
+    :event_id,
+    :event_type,
+    :data_content_type,
+    :metadata_content_type,
+    :data,
+    :metadata,
+    __unknown_fields__: []
+  ]
 end
 
 defmodule ExESDB.Schema.EventRecord do
@@ -140,7 +148,13 @@ defmodule ExESDB.StandIn do
     end
 
     if take(:crash_next), do: raise("crashed by the test")
-    case take(:hang_next), do: (nil -> :ok; time -> Process.sleep(time))
+
+    case take(:hang_next),
+      do:
+        (
+          nil -> :ok
+          time -> Process.sleep(time)
+        )
   end
 
   def around_append([:streams | _], append) do
@@ -187,7 +201,6 @@ defmodule ExESDB.StandIn.Links do
 
   def start_link(members),
     do: Supervisor.start_link(children(members), strategy: :one_for_one, name: __MODULE__)
-
 
   defp children(members) do
     for member <- members -- [node()],
@@ -249,7 +262,9 @@ defmodule ExESDB.StandIn.Writer do
   @timeout_ms 5_000
 
   def append(store, stream, expected, events) do
-    unless StandIn.store?(store), do: exit({:noproc, {GenServer, :call, [{:streams_writers, store}, :start_child, :infinity]}})
+    unless StandIn.store?(store),
+      do: exit({:noproc, {GenServer, :call, [{:streams_writers, store}, :start_child, :infinity]}})
+
     GenServer.call(writer(store, stream), {:append_events, store, stream, expected, events}, :infinity)
   end
 
@@ -290,7 +305,9 @@ defmodule ExESDB.StandIn.Writer do
       record = StreamsHelper.to_event_record(event, stream, version, now, DateTime.to_unix(now, :microsecond))
       path = [:streams, stream, StreamsHelper.pad_version(version, 6)]
 
-      case StandIn.around_append(path, fn -> Raft.command(store, {:put, conditions(path, version), record}, @timeout_ms) end) do
+      case StandIn.around_append(path, fn ->
+             Raft.command(store, {:put, conditions(path, version), record}, @timeout_ms)
+           end) do
         :ok -> {:cont, {:ok, version}}
         {:error, {:khepri, :mismatching_node, _}} -> {:halt, {:error, :wrong_expected_version}}
         {:error, reason} -> :erlang.error(reason)
@@ -300,9 +317,14 @@ defmodule ExESDB.StandIn.Writer do
 
   defp conditions([:streams, stream, name] = path, version) do
     cond do
-      StandIn.switch(:race, true) -> path
-      version == 0 -> [:streams, stream, {:if_all, [name, {:if_node_exists, false}]}]
-      true -> [:streams, {:if_all, [stream, {:if_child_list_length, version}]}, {:if_all, [name, {:if_node_exists, false}]}]
+      StandIn.switch(:race, true) ->
+        path
+
+      version == 0 ->
+        [:streams, stream, {:if_all, [name, {:if_node_exists, false}]}]
+
+      true ->
+        [:streams, {:if_all, [stream, {:if_child_list_length, version}]}, {:if_all, [name, {:if_node_exists, false}]}]
     end
   end
 end
@@ -333,7 +355,11 @@ defmodule ExESDB.GatewayWorker do
   end
 
   defp register(store),
-    do: with(:no <- Swarm.register_name({:gateway_worker, store, node(), :rand.uniform(10_000)}, self()), do: register(store))
+    do:
+      with(
+        :no <- Swarm.register_name({:gateway_worker, store, node(), :rand.uniform(10_000)}, self()),
+        do: register(store)
+      )
 
   @impl true
   def handle_call(request, _from, state) do
@@ -460,7 +486,10 @@ defmodule ExESDB.GatewayWorker do
   defp perform({:record_snapshot, store, source, stream, version, record}) do
     need_store(store)
     Tracker.leave_behind({:snapshots_writer, store, source, stream})
-    in_another_process(fn -> Raft.command(store, {:put, snapshot_path(source, stream, version), record}, @timeout_ms) end)
+
+    in_another_process(fn ->
+      Raft.command(store, {:put, snapshot_path(source, stream, version), record}, @timeout_ms)
+    end)
   end
 
   defp perform({:delete_snapshot, store, source, stream, version}) do
@@ -480,11 +509,20 @@ defmodule ExESDB.GatewayWorker do
       stream in [nil, ""] ->
         {:error, {:exception, %ArgumentError{message: "Invalid child_spec parameters: :stream_id_required"}}}
 
-      not is_integer(start) -> {:error, {:invalid_start_version, start}}
-      start < 0 -> {:error, :invalid_start_version}
-      not is_integer(count) -> {:error, {:invalid_count, count}}
-      count < 1 -> {:error, :invalid_count}
-      true -> {:ok, lazy_events(store, stream, start, count, direction)}
+      not is_integer(start) ->
+        {:error, {:invalid_start_version, start}}
+
+      start < 0 ->
+        {:error, :invalid_start_version}
+
+      not is_integer(count) ->
+        {:error, {:invalid_count, count}}
+
+      count < 1 ->
+        {:error, :invalid_count}
+
+      true ->
+        {:ok, lazy_events(store, stream, start, count, direction)}
     end
   end
 

@@ -165,7 +165,8 @@ defmodule Swarm.Tracker do
   end
 
   defp merge(entries) do
-    for {:entry, name, pid, _, meta, clock} <- entries, lookup(name) == nil,
+    for {:entry, name, pid, _, meta, clock} <- entries,
+        lookup(name) == nil,
         do: insert({name, pid, Process.monitor(pid), meta, clock})
   end
 

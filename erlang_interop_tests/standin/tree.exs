@@ -136,10 +136,14 @@ defmodule ExESDB.StandIn.Tree do
   defp not_found(table, path) do
     missing = Enum.find(1..length(path), length(path), &(:ets.lookup(table, key(Enum.take(path, &1))) == []))
     there = Enum.take(path, missing)
-    {:khepri, :node_not_found, %{node_name: List.last(there), node_path: there, node_is_target: missing == length(path)}}
+
+    {:khepri, :node_not_found,
+     %{node_name: List.last(there), node_path: there, node_is_target: missing == length(path)}}
   end
 
-  defp target({:if_all, conditions}), do: Enum.find_value(conditions, :error, &if(match?({:ok, _}, target(&1)), do: target(&1)))
+  defp target({:if_all, conditions}),
+    do: Enum.find_value(conditions, :error, &if(match?({:ok, _}, target(&1)), do: target(&1)))
+
   defp target(component), do: if(name?(component), do: {:ok, component}, else: :error)
 
   defp may_create?({:if_node_exists, exists}), do: not exists
@@ -147,7 +151,8 @@ defmodule ExESDB.StandIn.Tree do
   defp may_create?({:if_any, conditions}), do: Enum.any?(conditions, &may_create?/1)
   defp may_create?(component), do: name?(component)
 
-  defp met({:if_all, conditions}, row), do: Enum.find_value(conditions, true, &if(met(&1, row) != true, do: met(&1, row)))
+  defp met({:if_all, conditions}, row),
+    do: Enum.find_value(conditions, true, &if(met(&1, row) != true, do: met(&1, row)))
 
   defp met({:if_any, conditions} = all, row),
     do: if(Enum.any?(conditions, &(met(&1, row) == true)), do: true, else: {false, all})
@@ -156,8 +161,8 @@ defmodule ExESDB.StandIn.Tree do
   defp met(condition, row), do: if(holds?(condition, row), do: true, else: {false, condition})
 
   defp holds?({:if_node_exists, exists}, _row), do: exists
-  defp holds?({:if_has_payload, wanted}, row), do: (elem(row, 1) != :none) == wanted
-  defp holds?({:if_has_data, wanted}, row), do: (elem(row, 1) != :none) == wanted
+  defp holds?({:if_has_payload, wanted}, row), do: elem(row, 1) != :none == wanted
+  defp holds?({:if_has_data, wanted}, row), do: elem(row, 1) != :none == wanted
   defp holds?({:if_payload_version, wanted}, row), do: compare(elem(row, 2), wanted)
   defp holds?({:if_child_list_version, wanted}, row), do: compare(elem(row, 3), wanted)
   defp holds?({:if_child_list_length, wanted}, row), do: compare(elem(row, 4), wanted)
