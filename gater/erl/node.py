@@ -27,7 +27,7 @@ from gater.erl.epmd import BuiltinEpmd, EpmdPortInUse, EpmdUnavailable, Registra
 from gater.erl.errors import NodeError
 from gater.erl.exports import Exports
 from gater.erl.handshake import OUR_FLAGS, node_name_fault
-from gater.erl.peers import NodeWatcher, Peers
+from gater.erl.peers import MAX_PEERS, NodeWatcher, Peers
 from gater.erl.process import SHUTDOWN, Mailbox, Process, Receiver, described
 from gater.erl.routing import Router
 from gater.erl.signals import Alias, Monitor, Signals
@@ -66,15 +66,18 @@ log = structlog.get_logger(__name__)
 class NodeOptions:
     """What a node may be told; every default is what `erl` would do."""
 
-    listen_host: str | None = None
-    """Address to listen on; None: loopback if the node's host is a loopback address, else all addresses."""
+    listen_hosts: tuple[str, ...] = ()
+    """Addresses to listen on; none: loopback if the node's host is a loopback address, else all addresses."""
     listen_port: int = 0
-    """TCP port to listen on; 0 lets the system choose."""
+    """TCP port to listen on, on each of them; 0 lets the system choose."""
     epmd_host: str | None = None
     """Where this node registers; None: the loopback address."""
     epmd_port: int = 4369
     builtin_epmd: bool = True
     """Start an EPMD in this process when none listens."""
+    epmd_listen_hosts: tuple[str, ...] = ()
+    """Addresses the built-in EPMD listens on; none: `epmd_host`."""
+    max_peers: int = MAX_PEERS
     ticktime_s: float = TICKTIME_S
     max_frame_bytes: int = MAX_FRAME_BYTES
     cookies: dict[str, str] = field(default_factory=dict)
@@ -114,7 +117,7 @@ class Node:
         self.router = Router(self)
         self._cookie = cookie
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._epmd: BuiltinEpmd | None = None
         self._registration: Registration | None = None
         self._registering: asyncio.Task[None] | None = None
@@ -183,17 +186,12 @@ class Node:
             raise NodeError(f"the node {self.name} was started before; make a new one")
         self._loop = asyncio.get_running_loop()
         self.started_at = self._loop.time()
-        listen_host = self.options.listen_host or _default_listen_host(self.host)
         try:
-            self._server = await self._loop.create_server(
-                self.peers.accept, listen_host or None, self.options.listen_port, reuse_address=True
-            )
-        except OSError as error:
-            raise NodeError(f"cannot listen on {listen_host}:{self.options.listen_port}: {error.strerror}") from error
-        try:
+            await self._listen(self._loop)
             registration = await self._register_with_epmd()
         except BaseException:
-            self._server.close()
+            for server in self._servers:
+                server.close()
             if self._epmd is not None:
                 await self._epmd.close()
             raise
@@ -203,12 +201,24 @@ class Node:
             hook()
         self.peers.start_ticking()
 
+    async def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        hosts: tuple[str | None, ...] = self.options.listen_hosts or _default_listen_hosts(self.host) or (None,)
+        port = self.options.listen_port
+        for host in hosts:
+            try:
+                server = await loop.create_server(self.peers.accept, host, port, reuse_address=True)
+            except OSError as error:
+                where = host or "all addresses"
+                raise NodeError(f"cannot listen on {where}, port {port}: {error.strerror or error}") from error
+            self._servers.append(server)
+            port = port or self.listen_port
+
     @property
     def listen_port(self) -> int:
         """The TCP port this node listens on."""
-        if self._server is None:
+        if not self._servers:
             raise NodeError(f"the node {self.name} has not been started")
-        return int(self._server.sockets[0].getsockname()[1])
+        return int(self._servers[0].sockets[0].getsockname()[1])
 
     async def _register_with_epmd(self) -> Registration:
         short = self.name.name.partition("@")[0]
@@ -224,7 +234,7 @@ class Node:
                     raise
             epmd = BuiltinEpmd()
             try:
-                await epmd.start([host], port)
+                await epmd.start(self.options.epmd_listen_hosts or (host,), port)
             except EpmdPortInUse:
                 await asyncio.sleep(REGISTER_PAUSE_S)
             else:
@@ -262,8 +272,8 @@ class Node:
         for process in list(self._processes.values()):
             process.exit(SHUTDOWN)
         self.turn()
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         await self.peers.close()
         if self._registration is not None:
             self._registration.close()
@@ -618,8 +628,8 @@ def _address(to: tuple[Term, ...]) -> tuple[Term, Atom]:
     return (Atom(name) if isinstance(name, str) else name), node
 
 
-def _default_listen_host(host: str) -> str | None:
+def _default_listen_hosts(host: str) -> tuple[str, ...]:
     try:
-        return host if ipaddress.ip_address(host).is_loopback else None
+        return (host,) if ipaddress.ip_address(host).is_loopback else ()
     except ValueError:
-        return "127.0.0.1" if host == "localhost" else None
+        return ("127.0.0.1",) if host == "localhost" else ()

@@ -48,7 +48,7 @@ TICKS_PER_TICKTIME: Final = 4
 """`net_tickintensity`: how many times in a tick time the connections are looked at."""
 
 MAX_PEERS: Final = 1024
-"""Connections, made or under way.
+"""Connections, made or under way, unless `NodeOptions.max_peers` says otherwise.
 
 A cluster has tens of nodes; terms of a hostile peer must not make us dial thousands.
 """
@@ -98,8 +98,8 @@ class Peers:
             refusal = None
             if self._stopping:
                 refusal = "this node is stopping"
-            elif len(self.table) >= MAX_PEERS:
-                refusal = f"MAX_PEERS allows {MAX_PEERS}"
+            elif len(self.table) >= self._node.options.max_peers:
+                refusal = f"max_peers allows {self._node.options.max_peers}"
             self.table[peer] = connection
             if refusal is not None:
                 self._node.soon(self.connection_lost, connection, refusal)
@@ -277,8 +277,10 @@ class Peers:
             connection.abort("replaced by a new connection of the same peer")
             connection = self.table.get(peer)
         if connection is None:
-            if len(self.table) >= MAX_PEERS:
-                log.warning("peer_refused", node=str(self._node.name), peer=done.peer_name, reason="MAX_PEERS")
+            allowed = self._node.options.max_peers
+            if len(self.table) >= allowed:
+                reason = f"max_peers allows {allowed}"
+                log.warning("peer_refused", node=str(self._node.name), peer=done.peer_name, reason=reason)
                 return None
             connection = Connection(self._node, peer)
             self.table[peer] = connection
