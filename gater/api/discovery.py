@@ -49,7 +49,7 @@ class Discovery:
         self._kinds: dict[Atom, set[Atom]] = {}
         """Connected nodes and the applications they run, as far as they have answered."""
         self._asking: dict[Atom, PendingRpc] = {}
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[Callable[[], object]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._stop_watching: Callable[[], None] | None = None
         service.registries = self
@@ -72,7 +72,7 @@ class Discovery:
         self._asking.clear()
         self._settle()
 
-    def refresh(self, on_done: Callable[[], None]) -> None:
+    def refresh(self, on_done: Callable[[], object]) -> None:
         """Ask every node again; `on_done()` when all have answered or failed to."""
         self._waiting.append(on_done)
         for peer in self._node.nodes():

@@ -21,7 +21,6 @@ from gater.api.schema import (
     NewEvent,
     RecordedEvent,
     Rejected,
-    Request,
     Snapshot,
     StoreInfo,
     Subscription,
@@ -175,7 +174,7 @@ class Gateway:
         self, store: str, source: str, stream: str, version: int, record: Snapshot | Term
     ) -> None:
         """Save a snapshot. Returns when the request has been sent: the original acknowledges nothing here."""
-        self._tell(schema.record_snapshot_cast(Atom(store), source, stream, version, record))
+        await self._tell(schema.record_snapshot_cast(Atom(store), source, stream, version, record))
 
     async def read_snapshot(self, store: str, source: str, stream: str, version: int) -> Snapshot | Term | None:
         """The snapshot of that version, None if there is none; no `SnapshotRecord`: the term that was recorded."""
@@ -187,7 +186,7 @@ class Gateway:
 
     async def delete_snapshot(self, store: str, source: str, stream: str, version: int) -> None:
         """Delete a snapshot. Returns when the request has been sent."""
-        self._tell(schema.delete_snapshot_cast(Atom(store), source, stream, version))
+        await self._tell(schema.delete_snapshot_cast(Atom(store), source, stream, version))
 
     async def list_snapshots(
         self, store: str, source: str | None = None, stream: str | None = None
@@ -243,21 +242,19 @@ class Gateway:
     def _result(request: Term, reply: tuple[Term, Term]) -> Term:
         if reply[0] is schema.OK:
             return reply[1]
-        checked = schema.check_request(request, cast=False)
-        if isinstance(checked, Rejected):
-            checked = Request(
-                schema.RequestSpec(str(request[0]), 0, False, False, False, _unchecked), None, None, request
-            )
-        raise schema.exception_for(reply[1], checked)
+        raise schema.exception_for(reply[1], request)
 
-    def _tell(self, request: Term) -> None:
-        refused = self._service.cast(request)
+    async def _tell(self, request: Term) -> None:
+        taken: asyncio.Future[Rejected | None] = asyncio.get_running_loop().create_future()
+
+        def on_taken(refused: Rejected | None) -> None:
+            if not taken.done():
+                taken.set_result(refused)
+
+        self._service.cast(request, on_taken)
+        refused = await taken
         if refused is not None:
-            self._result(request, refused.reply)
-
-
-def _unchecked(spec: schema.RequestSpec, term: tuple[Term, ...]) -> Request:
-    return Request(spec, None, None, term)
+            raise schema.exception_for(refused.reason, request)
 
 
 def _text(name: Term) -> str:

@@ -45,15 +45,18 @@ class ApiServer(GenServer):
         return NO_REPLY
 
     def handle_cast(self, message: Term) -> None:
-        refused = self._service.cast(decoded(message), raw=message)
-        if refused is not None:
-            log.warning("cast_refused", reason=repr(refused.reason))
+        self._service.cast(decoded(message), _log_refusal, raw=message)
 
     def get_state(self) -> Term:
         return {
             Atom("under_way"): self._service.under_way,
             Atom("stores"): self._service.router.stores,
         }
+
+
+def _log_refusal(refused: Rejected | None) -> None:
+    if refused is not None:
+        log.warning("cast_refused", reason=repr(refused.reason))
 
 
 def _named(op: str, *defaults: Term) -> Build:
@@ -103,7 +106,7 @@ def export_api(exports: Exports, service: Service) -> None:
     for function, arity, build in _CALLS:
         exports.add(API_MODULE, function, _call_function(service, build), arities=[arity], deferred=True)
     for function, arity, build in _CASTS:
-        exports.add(API_MODULE, function, _cast_function(service, build), arities=[arity])
+        exports.add(API_MODULE, function, _cast_function(service, build), arities=[arity], deferred=True)
     exports.add(API_MODULE, "gateway_worker_pids", lambda: _pids(service, None))
     exports.add(API_MODULE, "gateway_worker_pids_for_store", lambda store: _pids(service, store))
 
@@ -115,10 +118,9 @@ def _call_function(service: Service, build: Build) -> Callable[..., None]:
     return function
 
 
-def _cast_function(service: Service, build: Build) -> Callable[..., Term]:
-    def function(*arguments: Term) -> Term:
-        refused = service.cast(build(arguments))
-        return refused.reply if isinstance(refused, Rejected) else schema.OK
+def _cast_function(service: Service, build: Build) -> Callable[..., None]:
+    def function(done: Done, *arguments: Term) -> None:
+        service.cast(build(arguments), lambda refused: done(schema.OK if refused is None else refused.reply, None))
 
     return function
 

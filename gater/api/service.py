@@ -37,6 +37,7 @@ from gater.erl.node import Monitor, Node
 from gater.erl.terms import Atom, EncodedTerm, Term
 
 OnReply: TypeAlias = Callable[[Term], None]
+OnTaken: TypeAlias = Callable[[Rejected | None], None]
 
 MAX_REQUESTS: Final = 10_000
 """Requests under way at once; further ones are answered `{:error, :overloaded}`."""
@@ -67,7 +68,7 @@ class Embedded(Protocol):
 class Registries(Protocol):
     """Who knows the cluster's workers; `refresh` asks again and calls back when the answers are in."""
 
-    def refresh(self, on_done: Callable[[], None], /) -> None: ...
+    def refresh(self, on_done: Callable[[], object], /) -> None: ...
 
 
 class Service:
@@ -123,21 +124,37 @@ class Service:
         to_send = raw if raw is not None and checked.term is request else checked.term
         _Call(self, checked, to_send, on_reply, self.timeout_s if timeout_s is None else timeout_s).begin()
 
-    def cast(self, request: Term, *, raw: Term = None) -> Rejected | None:
-        """Carry out a cast; what is returned says why it could not be."""
+    def cast(self, request: Term, on_taken: OnTaken, *, raw: Term = None) -> None:
+        """Carry out a cast; `on_taken` is called once: with None when it has been sent, or with why it could not be."""
         if self._draining:
-            return Rejected(schema.DRAINING)
+            on_taken(Rejected(schema.DRAINING))
+            return
         checked = check_request(request, cast=True)
         if isinstance(checked, Rejected):
-            return checked
-        if self.is_embedded(checked.store):
-            assert self.embedded is not None
-            return self.embedded.cast(checked)
-        worker = self.router.choose(checked.store)
-        if worker is None:
-            return Rejected(self.missing(checked.store))
-        cast(self.node, worker.address, raw if raw is not None and checked.term is request else checked.term)
-        return None
+            on_taken(checked)
+        elif self.embedded is not None and self.is_embedded(checked.store):
+            on_taken(self.embedded.cast(checked))
+        else:
+            to_send = raw if raw is not None and checked.term is request else checked.term
+            if not self._send_cast(checked, to_send, on_taken):
+                self.refresh(lambda: self._send_cast(checked, to_send, on_taken, last=True))
+
+    def _send_cast(self, request: Request, term: Term, on_taken: OnTaken, *, last: bool = False) -> bool:
+        """Whether that settles it; with `last` it does."""
+        worker = self.router.choose(request.store)
+        if worker is not None:
+            cast(self.node, worker.address, term)
+            on_taken(None)
+        elif last:
+            on_taken(Rejected(self.missing(request.store)))
+        return worker is not None or last
+
+    def refresh(self, on_done: Callable[[], object]) -> None:
+        """Have the registries asked again; `on_done()` when that is over."""
+        if self.registries is None:
+            on_done()
+        else:
+            self.registries.refresh(on_done)
 
     def missing(self, store: Atom | None) -> Term:
         """The reason why there is no worker for `store`."""
@@ -189,8 +206,7 @@ class Service:
         self.router.remove(worker)
         log.info("worker_down", store=str(worker.store), worker=str(worker.address), reason=repr(reason)[:200])
         self._fail_calls(worker, reason)
-        if self.registries is not None:
-            self.registries.refresh(lambda: None)
+        self.refresh(lambda: None)
 
     def _fail_calls(self, worker: Worker, reason: Term) -> None:
         for call in list(self._calls.pop(worker, ())):
@@ -260,10 +276,10 @@ class _Call:
                 return
             worker = service.router.choose(None, self._tried)
         if worker is None:
-            if refreshed or service.registries is None:
+            if refreshed:
                 self._answer(schema.error(service.missing(request.store)))
             else:
-                service.registries.refresh(self._refreshed)
+                service.refresh(self._refreshed)
             return
         self._worker = worker
         service.attach(self, worker)
@@ -290,11 +306,10 @@ class _Call:
         if error is not None:
             self.worker_down(error)
             return
-        if type(reply) is tuple and len(reply) == 2 and reply[0] is schema.ERROR:
-            if reply[1] is _WRONG_EXPECTED_VERSION:
-                self._complete_refusal()
-                return
-        self._answer(reply)
+        if reply == (schema.ERROR, _WRONG_EXPECTED_VERSION):
+            self._complete_refusal()
+        else:
+            self._answer(reply)
 
     def worker_down(self, error: CallError) -> None:
         """The worker is gone (or was not there at all): try another one, or say so."""
