@@ -95,6 +95,8 @@ _pack_new_port: Final = struct.Struct(">II").pack
 _pack_v4_port: Final = struct.Struct(">QI").pack
 _pack_u32: Final = struct.Struct(">I").pack
 
+_CREATION_AND_WORDS: Final = tuple(struct.Struct(f">{1 + words}I") for words in range(_MAX_REFERENCE_WORDS + 1))
+
 _OLD_FLOAT: Final = re.compile(rb"[ ]*[+-]?\d+\.\d+([eE][+-]?\d+)?\x00*")
 
 # What is being gathered when a container is finished.
@@ -277,6 +279,11 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
             elif tag == 98:  # INTEGER_EXT
                 elements.append(_I32(data, pos + 1)[0])
                 pos += 5
+            elif tag == 88:  # NEW_PID_EXT
+                node, pos = _atom_at(data, pos + 1, atoms, cache)
+                number, serial, creation = _NEW_PID(data, pos)
+                elements.append(Pid(node, number, serial, creation))
+                pos += 12
             elif tag == 110:  # SMALL_BIG_EXT
                 end = pos + 3 + data[pos + 1]
                 number = int.from_bytes(data[pos + 3 : end], "little")
@@ -391,22 +398,15 @@ def _atom_at(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> 
 
 def _rare(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
     """The term with a tag that seldom comes and that holds no terms but atoms; `pos` is behind the tag."""
-    if tag == 88:  # NEW_PID_EXT
-        node, pos = _atom_at(data, pos, atoms, cache)
-        number, serial, creation = _NEW_PID(data, pos)
-        return Pid(node, number, serial, creation), pos + 12
     if tag == 90 or tag == 114:  # NEWER_REFERENCE_EXT, NEW_REFERENCE_EXT
         (words,) = _U16(data, pos)
         if not 0 < words <= _MAX_REFERENCE_WORDS:
             raise DecodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {words}")
         node, pos = _atom_at(data, pos + 2, atoms, cache)
         if tag == 90:
-            (creation,) = _U32(data, pos)
-            pos += 4
-        else:
-            creation = data[pos]
-            pos += 1
-        return Reference(node, creation, struct.unpack_from(f">{words}I", data, pos)), pos + 4 * words
+            creation, *ids = _CREATION_AND_WORDS[words].unpack_from(data, pos)
+            return Reference(node, creation, tuple(ids)), pos + 4 + 4 * words
+        return Reference(node, data[pos], struct.unpack_from(f">{words}I", data, pos + 1)), pos + 1 + 4 * words
     if tag == 118 or tag == 115:  # ATOM_UTF8_EXT, SMALL_ATOM_EXT
         return _atom_at(data, pos - 1, atoms, cache)
     if tag == 112 or tag == 117:  # NEW_FUN_EXT, FUN_EXT
@@ -478,7 +478,7 @@ def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term
         module, _ = _atom_at(data, pos + 29, atoms, cache)
     else:
         arity = -1
-        _, module_pos = _rare(data[pos + 4], data, pos + 5, atoms, cache)
+        _, module_pos = _decode(data, pos + 4, atoms, cache)
         module, _ = _atom_at(data, module_pos, atoms, cache)
     body = to_plain(data, pos - 1, cache)[1:] if cache else data[pos:end]
     return Fun(tag, body, module, arity), end
@@ -516,13 +516,21 @@ def _walk(
     """
     size = len(data)
     allowed = budget
+    start, terms = pos, todo
     copied = pos
+    encoded_cache = [] if plain is None else [atom_bytes(term) for term in cache]
     try:
         while todo:
             todo -= 1
             tag = data[pos]
             if tag == 82:  # ATOM_CACHE_REF
-                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+                if plain is None:
+                    pos, copied = _walk_atom(data, pos, cache, plain, copied)
+                else:
+                    plain.append(data[copied:pos])
+                    plain.append(encoded_cache[data[pos + 1]])
+                    pos += 2
+                    copied = pos
             elif tag == 100:  # ATOM_EXT
                 if data[pos + 1]:
                     raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters, this one has more")
@@ -532,7 +540,10 @@ def _walk(
             elif tag == 97:  # SMALL_INTEGER_EXT
                 pos += 2
             elif tag == 119:  # SMALL_ATOM_UTF8_EXT
-                pos, copied = _walk_atom(data, pos, cache, plain, copied)
+                end = pos + 2 + data[pos + 1]
+                if not data[pos + 2 : end].isascii():
+                    _atom_of(data[pos:end])
+                pos = end
             elif tag == 106:  # NIL_EXT
                 pos += 1
             elif tag == 104 or tag == 116 or tag == 108 or tag == 105:
@@ -612,6 +623,8 @@ def _walk(
             else:
                 raise DecodeError(_unknown(tag, pos))
     except (IndexError, struct.error):
+        if plain is not None:
+            _walk(data, start, cache, None, allowed, terms, open_funs)  # says what is wrong
         raise DecodeError(f"a term is cut off: it goes on after byte {size}") from None
     if pos > size:
         raise DecodeError(f"a term is cut off: it ends at byte {pos} of {size}")
@@ -744,6 +757,11 @@ def encode_into(out: list[bytes] | bytearray, term: Term, atom_refs: dict[Atom, 
         out += b"".join(pieces)
 
 
+# Most counts are small: their bytes are made once.
+_TUPLE_HEADS: Final = tuple(bytes((104, count)) for count in range(256))
+_MAP_HEADS: Final = tuple(_pack_tag_u32(116, count) for count in range(256))
+_LIST_HEADS: Final = tuple(_pack_tag_u32(108, count) for count in range(256))
+_BINARY_HEADS: Final = tuple(_pack_tag_u32(109, count) for count in range(256))
 _SMALL_INTEGERS: Final = tuple(bytes((97, value)) for value in range(256))
 _TRUE: Final = atom_bytes(True)
 _FALSE: Final = atom_bytes(False)
@@ -766,7 +784,8 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
             if kind is Atom:
                 out.append(item.etf if atom_refs is None else atom_refs[item])
             elif kind is bytes:
-                out.append(pack_tag_u32(109, len(item)))
+                count = len(item)
+                out.append(_BINARY_HEADS[count] if count < 256 else pack_tag_u32(109, count))
                 out.append(item)
             elif kind is int:
                 if 0 <= item <= 255:
@@ -776,26 +795,29 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
                 else:
                     out.append(_big(item))
             elif kind is dict:
-                out.append(pack_tag_u32(116, len(item)))
+                count = len(item)
+                out.append(_MAP_HEADS[count] if count < 256 else pack_tag_u32(116, count))
                 children = chain.from_iterable(item.items())
                 break
             elif kind is tuple:
                 count = len(item)
-                out.append(_pack_tag_u8(104, count) if count < 256 else pack_tag_u32(105, count))
+                out.append(_TUPLE_HEADS[count] if count < 256 else pack_tag_u32(105, count))
                 children = item
                 break
             elif kind is list:
-                if not item:
+                count = len(item)
+                if not count:
                     out.append(b"j")
                     continue
-                out.append(pack_tag_u32(108, len(item)))
+                out.append(_LIST_HEADS[count] if count < 256 else pack_tag_u32(108, count))
                 children = chain(item, _END_OF_LIST)
                 break
             elif item is None:
                 out.append(_NIL_ATOM)
             elif kind is str:
                 text = _utf8(item)
-                out.append(pack_tag_u32(109, len(text)))
+                count = len(text)
+                out.append(_BINARY_HEADS[count] if count < 256 else pack_tag_u32(109, count))
                 out.append(text)
             elif kind is float:
                 if not isfinite(item):
@@ -858,7 +880,7 @@ def _opaque(item: Term, kind: type, atom_refs: dict[Atom, bytes] | None) -> byte
             words = item.ids
             if not 0 < len(words) <= _MAX_REFERENCE_WORDS:
                 raise EncodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {len(words)}")
-            numbers = struct.pack(f">{len(words) + 1}I", item.creation, *words)
+            numbers = _CREATION_AND_WORDS[len(words)].pack(item.creation, *words)
             return b"Z\x00%c%b%b" % (len(words), _node(item.node, atom_refs), numbers)
         if kind is Port:
             node = _node(item.node, atom_refs)
