@@ -1,8 +1,8 @@
 """Signals in: one distribution message of a peer to what it does here.
 
-`Router.route` is a table from the number of a control message to one function. Messages for processes come first: they
-are read by position, their payload only once there is somebody to read it. All others are parsed into the classes of
-`control.py`, which checks their fields.
+`Router.route` is a table from the number of a control message to one function. What every call to a server consists of
+(messages, monitor, demonitor) is read by position, payloads only once there is somebody to read them. All others are
+parsed into the classes of `control.py`, which checks their fields.
 
 A peer speaks for its own processes only: a monitor, a link or a spawn request in the name of a third node's process is
 a protocol error, as answering it would make us dial that node.
@@ -56,10 +56,10 @@ class Router:
             control.OP_REG_SEND_TT: self._on_reg_send,
             control.OP_ALIAS_SEND: self._on_alias_send,
             control.OP_ALIAS_SEND_TT: self._on_alias_send,
+            control.OP_MONITOR_P: self._on_monitor,
+            control.OP_DEMONITOR_P: self._on_demonitor,
         }
         self._parsed: dict[type[ControlMessage], Callable[[Connection, Any, Term], None]] = {
-            control.MonitorP: self._on_monitor,
-            control.DemonitorP: self._on_demonitor,
             control.MonitorPExit: self._on_monitor_exit,
             control.PayloadMonitorPExit: self._on_monitor_exit,
             control.Link: self._on_link,
@@ -143,22 +143,28 @@ class Router:
 
     # Monitors
 
-    def _on_monitor(self, connection: Connection, message: control.MonitorP, _: Term) -> None:
-        _check_origin(connection, message.from_pid)
-        process = self._node.find(message.to_proc)
+    def _on_monitor(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+        if len(term) != 4 or type(term[1]) is not Pid or type(term[3]) is not Reference:
+            control.parse(term)
+        _, watcher, target, reference = term
+        _check_origin(connection, watcher)
+        process = self._node.find(target)
         if process is None:
-            self._signals.send_down(connection, message.to_proc, message.from_pid, message.ref, NOPROC)
+            self._signals.send_down(connection, target, watcher, reference, NOPROC)
             return
-        _check_count(connection.watched)
-        if message.ref.node is not connection.peer or message.ref in connection.watched:
+        watched = connection.watched
+        _check_count(watched)
+        if reference.node is not connection.peer or reference in watched:
             raise RemoteProtocolError("MONITOR_P: the reference is not a new one of the peer")
-        process.monitored_by[message.ref] = (message.from_pid, message.to_proc)
-        connection.watched[message.ref] = process
+        process.monitored_by[reference] = (watcher, target)
+        watched[reference] = process
 
-    def _on_demonitor(self, connection: Connection, message: control.DemonitorP, _: Term) -> None:
-        process = connection.watched.pop(message.ref, None)
+    def _on_demonitor(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+        if len(term) != 4 or type(term[3]) is not Reference:
+            control.parse(term)
+        process = connection.watched.pop(term[3], None)
         if process is not None:
-            process.monitored_by.pop(message.ref, None)
+            process.monitored_by.pop(term[3], None)
 
     def _on_monitor_exit(
         self, connection: Connection, message: control.MonitorPExit | control.PayloadMonitorPExit, payload: Term
