@@ -1,22 +1,88 @@
 """Decode and encode one reply of `get_events` with 1,000 events (about 840 kB), side by side with peers.
 
-    python bench/codec.py [events]
+Each codec runs in a process of its own, so that the memory seen is its own:
 
-`marshal` is the floor: CPython's own C codec building the same number of objects. `erlang` (erlang_py) and `erlpack`
-are measured if they are installed.
+    python -m bench.codec CODEC SECONDS < encoded term
+
+prints its `Result` as JSON. `marshal` is the floor: CPython's own C codec building the same number of objects.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import json
 import marshal
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
-from gater.erl.etf import AtomTable, decode, decode_spine, decode_term, encode, encode_into, skip_term, to_plain
+from bench.echo import start_node
+from bench.machine import NOT_INSTALLED, ROOT, forget_peak, peak_rss_kb, rss_kb, version_of
+from bench.report import NONE, Table, megabytes, milliseconds, times
+from erlang_interop_tests.beam import Beams
+from gater.erl import etf
 from gater.erl.terms import Atom, Term
+
+EVENTS: Final = 1000
+MIN_ROUNDS: Final = 3
+MAX_ROUNDS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One codec: how to get at it, and what it is called here."""
+
+    label: str
+    load: Callable[[], tuple[Callable[[bytes], Any], Callable[[Any], bytes] | None]]
+    distribution: str | None = None
+    """The package to install, for those that are not part of Python or of gater."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be measured."""
+        return self.distribution is None or version_of(self.distribution) != NOT_INSTALLED
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Medians in ms, and by how much the process grew (kB) while it decoded once and encoded what it got."""
+
+    decode_ms: float | None = None
+    encode_ms: float | None = None
+    growth_kb: float | None = None
+
+
+def _gater() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
+    atoms = etf.AtomTable()
+    return (lambda data: etf.decode(data, atoms=atoms)), etf.encode
+
+
+def _spine() -> tuple[Callable[[bytes], Any], None]:
+    atoms = etf.AtomTable()
+    return (lambda data: etf.decode_spine(data, 1, 2, atoms)), None
+
+
+def _erlang_py() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
+    module: Any = importlib.import_module("erlang")
+    return module.binary_to_term, module.term_to_binary
+
+
+def _erlpack() -> tuple[Callable[[bytes], Any], Callable[[Any], bytes]]:
+    module: Any = importlib.import_module("erlpack")
+    return module.unpack, module.pack
+
+
+CODECS: Final[dict[str, Codec]] = {
+    "gater": Codec("gater", _gater),
+    "spine": Codec("gater, two levels only (relayed)", _spine),
+    "erlang_py": Codec("erlang_py", _erlang_py, "erlang_py"),
+    "erlpack": Codec("erlpack (C)", _erlpack, "erlpack"),
+    "marshal": Codec("marshal (C, not a term format)", lambda: (marshal.loads, marshal.dumps)),
+}
 
 
 def reply(events: int) -> Term:
@@ -24,34 +90,8 @@ def reply(events: int) -> Term:
     return (Atom("ok"), [event(number) for number in range(events)])
 
 
-class OldAtoms(dict[Atom, bytes]):
-    """Atoms as OTP 25 writes them, which all peers read."""
-
-    def __missing__(self, atom: Atom) -> bytes:
-        text = atom.name.encode()
-        encoded = self[atom] = b"d%c%c%b" % (len(text) >> 8, len(text) & 255, text)
-        return encoded
-
-
-class CachedAtoms(dict[Atom, bytes]):
-    """Atoms as they are in a message with a distribution header."""
-
-    def __init__(self) -> None:
-        self.listed: list[Term] = []
-
-    def __missing__(self, atom: Atom) -> bytes:
-        self[atom] = b"R%c" % len(self.listed)
-        self.listed.append(atom)
-        return self[atom]
-
-
-def encoded(term: Term, atoms: dict[Atom, bytes]) -> bytes:
-    pieces = [b"\x83"]
-    encode_into(pieces, term, atoms)
-    return b"".join(pieces)
-
-
 def event(number: int) -> Term:
+    """One event of `reply`."""
     a = Atom
     return {
         a("__struct__"): a("Elixir.ExESDB.Schema.EventRecord"),
@@ -94,45 +134,131 @@ def for_marshal(term: Term) -> Any:
     return term
 
 
-def best_ms(work: Callable[[], object], rounds: int = 15) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
+async def run(seconds: float, rounds: int) -> list[Table]:
+    """The table; `seconds` is what each codec may take for each of decoding and encoding, in `rounds` turns."""
+    term = reply(EVENTS)
+    beam: list[Result] = []
+    seen: dict[str, list[Result]] = {name: [] for name, codec in CODECS.items() if codec.installed}
+    for turn in range(rounds):
+        print(f"  codecs, round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
+        result, encoded = await _on_beam(etf.encode(term), seconds / rounds)
+        beam.append(result)
+        inputs = {"marshal": marshal.dumps(for_marshal(term))}
+        for name, results in seen.items():
+            results.append(await _in_process(name, inputs.get(name, encoded), seconds / rounds))
+    return [_table(len(encoded), beam, seen)]
+
+
+def _table(size: int, beam: Sequence[Result], seen: Mapping[str, Sequence[Result]]) -> Table:
+    columns = ("codec", "decode", "to gater's", "encode", "to gater's", "memory for both")
+    table = Table(
+        f"One reply of {EVENTS:,} events, {size:,} bytes",
+        columns,
+        [
+            "Medians, each codec in a process of its own, garbage collection as it is by default. *Memory for both*: "
+            "by how much the process's peak grew over what it had with the bytes in hand, when it decoded them once "
+            "and encoded what it got (the BEAM has memory in reserve and may show less than it uses)."
+        ],
+    )
+    ours = _middle(seen["gater"])
+    for label, results in [("BEAM", beam), *((codec.label, seen.get(name, ())) for name, codec in CODECS.items())]:
+        if not results:
+            table.add(label, NOT_INSTALLED, *[NONE] * (len(columns) - 2))
+            continue
+        result = _middle(results)
+        table.add(
+            label,
+            milliseconds(result.decode_ms),
+            _ratio(result.decode_ms, ours.decode_ms),
+            milliseconds(result.encode_ms),
+            _ratio(result.encode_ms, ours.encode_ms),
+            megabytes(result.growth_kb),
+        )
+    return table
+
+
+def _middle(results: Sequence[Result]) -> Result:
+    """Each figure's median over the rounds."""
+
+    def median(name: str) -> Any:
+        values = [value for result in results if (value := getattr(result, name)) is not None]
+        return statistics.median(values) if values else None
+
+    return Result(median("decode_ms"), median("encode_ms"), median("growth_kb"))
+
+
+def _ratio(value: float | None, ours: float | None) -> str:
+    return NONE if value is None or ours is None else times(value, ours)
+
+
+async def _in_process(name: str, data: bytes, seconds: float) -> Result:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.codec", name, str(seconds)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    output, _ = await process.communicate(data)
+    if process.returncode != 0:
+        raise RuntimeError(f"the codec {name} failed (exit code {process.returncode})")
+    return Result(**json.loads(output))
+
+
+async def _on_beam(ours: bytes, seconds: float) -> tuple[Result, bytes]:
+    """The BEAM's result, and the bytes that it makes of the term: what every codec is given to decode."""
+    beams = Beams()
+    try:
+        node = await start_node(beams)
+        encoded = await node.eval("term_to_binary(binary_to_term(Encoded))", Encoded=ours)
+        await node.eval("gater_bench:keep(Encoded)", Encoded=encoded)
+        before = rss_kb(node.pid)
+        forget_peak(node.pid)
+        await node.eval("gater_bench:hold()")
+        await node.eval("gater_bench:hold_encoded()")
+        peak = peak_rss_kb(node.pid)
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / 0.005)))
+        decoding, encoding = await node.eval(
+            "gater_bench:times(Decodings, Encodings)", Decodings=rounds, Encodings=rounds, timeout_s=seconds * 10 + 30
+        )
+    finally:
+        await beams.close()
+    growth = None if before is None or peak is None else peak - before
+    return Result(_median_ms(decoding), _median_ms(encoding), growth), encoded
+
+
+def _median_ms(nanoseconds: Iterable[int]) -> float:
+    return statistics.median(nanoseconds) / 1e6
+
+
+def _time(work: Callable[[], object], seconds: float) -> float:
+    taken: list[int] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < MIN_ROUNDS or (time.perf_counter() < end and len(taken) < MAX_ROUNDS):
+        start = time.perf_counter_ns()
         work()
-        best = min(best, time.perf_counter() - start)
-    return best * 1000
+        taken.append(time.perf_counter_ns() - start)
+    return _median_ms(taken)
 
 
-def show(name: str, decoding: float | None, encoding: float | None) -> None:
-    columns = ("-" if value is None else f"{value:.2f} ms" for value in (decoding, encoding))
-    print(f"{name:34}" + "".join(f"{column:>14}" for column in columns))
+def measure_here(name: str, data: bytes, seconds: float) -> Result:
+    """Measure one codec in this process."""
+    decode, encode = CODECS[name].load()
+    before = rss_kb()
+    forget_peak()
+    term = decode(data)
+    if encode is not None:
+        encode(term)
+    peak = peak_rss_kb()
+    return Result(
+        _time(lambda: decode(data), seconds),
+        None if encode is None else _time(lambda: encode(term), seconds),
+        None if before is None or peak is None else peak - before,
+    )
 
 
 def main() -> None:
-    term = reply(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
-    data = encode(term)
-    old = encoded(term, OldAtoms())
-    cached_atoms = CachedAtoms()
-    cached = encoded(term, cached_atoms)
-    atoms = AtomTable()
-    print(f"{len(data):,} bytes".ljust(34) + f"{'decode':>14}{'encode':>14}")
-    show("gater", best_ms(lambda: decode(data, atoms=atoms)), best_ms(lambda: encode(term)))
-    show("gater, with an atom cache", best_ms(lambda: decode_term(cached, 1, atoms, cached_atoms.listed)), None)
-    show("gater decode_spine (1 level)", best_ms(lambda: decode_spine(data, 1, 1, atoms)), None)
-    show("gater skip_term", best_ms(lambda: skip_term(data, 1)), None)
-    show("gater to_plain", best_ms(lambda: to_plain(cached, 1, cached_atoms.listed)), None)
-    plain = for_marshal(term)
-    marshalled = marshal.dumps(plain)
-    show("marshal", best_ms(lambda: marshal.loads(marshalled)), best_ms(lambda: marshal.dumps(plain)))
-    for module, loads, dumps in (("erlang", "binary_to_term", "term_to_binary"), ("erlpack", "unpack", "pack")):
-        try:
-            peer = importlib.import_module(module)
-        except ImportError:
-            show(f"{module} (not installed)", None, None)
-            continue
-        peer_loads, peer_dumps = getattr(peer, loads), getattr(peer, dumps)
-        theirs = peer_loads(old)
-        show(module, best_ms(lambda: peer_loads(old), 3), best_ms(lambda: peer_dumps(theirs), 3))  # noqa: B023
+    name, seconds = sys.argv[1:]
+    print(json.dumps(asdict(measure_here(name, sys.stdin.buffer.read(), float(seconds)))))
 
 
 if __name__ == "__main__":

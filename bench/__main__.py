@@ -1,0 +1,93 @@
+"""The command: `python -m bench [--quick] [--only CHAPTER ...] [--seconds S] [--write docs/benchmarks.md]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from bench import codec, echo, gateway, machine, names
+from bench.callers import ROUNDS
+from bench.report import Table
+
+CHAPTERS: Final = ("echo", "codec", "gateway", "names")
+CELL_S: Final = 3.0
+CODEC_S: Final = 3.0
+NAMES_S: Final = 1.0
+QUICK_CELL_S: Final = 0.1
+QUICK_COUNTS: Final = (10, 1_000)
+
+HEAD: Final = """\
+# Benchmarks
+
+Written by `make bench ARGS="--write docs/benchmarks.md"`: everything below is of one run, on one machine, side by side.
+Compare within a table, not with figures of other machines or of other runs."""
+
+REMARKS: Final = """\
+## How far to trust this
+
+- Callers, servers and whatever else the machine does share its cores. The load averages above say how busy it was
+  before and after: more than about 0.3 *before* means that something else was running, and every latency is too high,
+  p99 and the rows of 64 callers most of all.
+- The servers are measured in turn, in short slices of a few rounds, so that a disturbance hits all of them. *Spread*
+  shows what the rounds differ by nevertheless: a difference between two rows that is smaller than their spread is none.
+- *Server CPU a call* hardly depends on how busy the machine is, and says what one core of a server can do at best. It
+  is counted in ticks of 10 ms: rough where few calls were made.
+- One BEAM node makes the calls and shares the cores with the server. With 64 callers the figure is what both manage
+  together; a server on a machine of its own does better.
+- Memory is that of whole processes as the system sees it, interpreter and virtual machine included."""
+
+
+async def measure(args: argparse.Namespace) -> tuple[list[Table], str]:
+    """The tables of the chapters asked for, and the release of OTP."""
+    tables: list[Table] = []
+    beam_echo_ns: float | None = None
+    seconds, rounds = (QUICK_CELL_S, 1) if args.quick else (args.seconds, ROUNDS)
+    if "echo" in args.only:
+        echo_tables, beam_echo_ns = await echo.run(seconds, rounds)
+        tables += echo_tables
+    if "codec" in args.only:
+        tables += await codec.run(QUICK_CELL_S if args.quick else CODEC_S, rounds)
+    if "gateway" in args.only:
+        tables += await gateway.run(seconds, rounds, beam_echo_ns)
+    if "names" in args.only:
+        tables += await names.run(*((QUICK_CELL_S, QUICK_COUNTS) if args.quick else (NAMES_S, names.COUNTS)))
+    return tables, otp_version()
+
+
+def otp_version() -> str:
+    """The installed release of OTP with its emulator, as the measured nodes run it."""
+    source = 'io:format("~s, erts ~s", [erlang:system_info(otp_release), erlang:system_info(version)]), halt().'
+    return subprocess.run(
+        ["erl", "-noshell", "-boot", "no_dot_erlang", "-eval", source], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def page(tables: list[Table], facts: list[tuple[str, str]]) -> str:
+    """The page for the documentation."""
+    machine_table = Table("Where and with what", ("what", "value"), rows=list(facts))
+    return "\n\n".join([HEAD, *(table.text() for table in [machine_table, *tables]), REMARKS]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure gater side by side with its peers.")
+    parser.add_argument("--quick", action="store_true", help="a fraction of a second each: shows that it runs, no more")
+    parser.add_argument("--only", nargs="+", choices=CHAPTERS, default=CHAPTERS, help="chapters to run (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=CELL_S, help="time for each row of calls (default: %(default)s)"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the page there")
+    args = parser.parse_args()
+    before = machine.load()
+    tables, otp = asyncio.run(measure(args))
+    facts = [*machine.description(otp), ("load before", before), ("load after", machine.load())]
+    text = page(tables, facts)
+    print(text, end="")
+    if args.write is not None:
+        args.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
