@@ -362,7 +362,7 @@ class Connector:
             if len(self._logged) >= 2 * MAX_FOUND:
                 self._logged.clear()
             self._logged[peer] = error
-            log.warning("connect_failed", peer=peer, reason=error)
+            log.warning("node_unreachable", peer=peer, reason=error)
 
     def _report_refused(self, peer: str, source: str, verdict: Verdict, now: float) -> None:
         if now >= self._report_again_at:

@@ -117,5 +117,9 @@ class DnsPoll:
 
 async def resolve_ipv4(query: str) -> list[str]:
     """The IPv4 addresses of `query`, as the system resolves it. Raises `OSError`."""
-    found = await asyncio.get_running_loop().getaddrinfo(query, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(query, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(f"{query!r} cannot be asked of DNS: {error}") from None
     return [str(address[0]) for *_, address in found]
