@@ -588,6 +588,8 @@ def test_ways_to_write_one_term_encode_alike(value: Term, same_as: Term) -> None
         ({b"k": {1, 2}}, r"set is no Erlang term \(at \[b'k'\]\)"),
         ({(1, object): 5}, "type is no Erlang term"),
         (ImproperList([1], object()), r"object is no Erlang term \(at \.tail\)"),
+        ([{"k": 1, b"k": 2}], "the key 'k' twice, as str and as bytes"),
+        ({b"deep": ({"k": 1, b"k": 2},)} | {"text": "text"}, "the key 'k' twice"),
         (float("nan"), "nan is no Erlang float"),
         ([float("-inf")], "-inf is no Erlang float"),
         ("\ud800", "not Unicode text"),

@@ -379,6 +379,7 @@ def _careful_map(flat: list[Term]) -> Term:
     return careful
 
 
+_LEAVES: Final = frozenset({Atom, bytes, str, int, float, bool, type(None)})
 _SHALLOW: Final = frozenset({Atom, bytes, int, float, bool, type(None), Pid, Reference, Port, Export, Fun, BitString})
 
 
@@ -778,6 +779,7 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
     stack: list[Iterator[Term]] = []
     children: Iterable[Term]
     pack_tag_u32 = _pack_tag_u32
+    has_text = False
     while True:
         for item in items:
             kind = type(item)
@@ -815,6 +817,7 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
             elif item is None:
                 out.append(_NIL_ATOM)
             elif kind is str:
+                has_text = True
                 text = _utf8(item)
                 count = len(text)
                 out.append(_BINARY_HEADS[count] if count < 256 else pack_tag_u32(109, count))
@@ -845,6 +848,8 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
                 break
         else:
             if not stack:
+                if has_text:
+                    _refuse_keys_that_meet(root)
                 return
             items = stack.pop()
             continue
@@ -852,6 +857,24 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
         if len(stack) > MAX_DEPTH:
             raise EncodeError(f"containers nested deeper than MAX_DEPTH ({MAX_DEPTH}), or one that holds itself")
         items = iter(children)
+
+
+def _refuse_keys_that_meet(root: Term) -> None:
+    """EncodeError if a map has a key both as `str` and as `bytes`: a peer ends the connection over a double key.
+
+    Only keys that are text are looked at, not text inside a tuple that is a key.
+    """
+    todo = [root]
+    while todo:
+        term = todo.pop()
+        if isinstance(term, tuple | list):
+            todo.extend(element for element in term if type(element) not in _LEAVES)
+        elif isinstance(term, dict):
+            for key, value in term.items():
+                if type(key) is str and key.encode() in term:
+                    raise EncodeError(f"a map has the key {key!r} twice, as str and as bytes")
+                if type(value) not in _LEAVES:
+                    todo.append(value)
 
 
 def _utf8(text: str) -> bytes:

@@ -114,8 +114,8 @@ def _hash(root: Term) -> int:
             if term:
                 stack += (pairs, hash, _END_OF_MAP)
                 hash = pairs = 0
-                for key, value in term.items() if kind is dict else term.pairs():
-                    stack += (_END_OF_PAIR, value, key)
+                for key, under_key in term.items() if kind is dict else term.pairs():
+                    stack += (_END_OF_PAIR, under_key, key)
         elif kind is ImproperList:
             stack.append(_Mark(term.elements, 0, term.tail))
         elif kind is Pid:
@@ -234,7 +234,7 @@ def _atom_hash(encoded: bytes) -> int:
 def _fun(fun: Fun, hash: int, stack: list[Any]) -> int:
     """A closure: module, index, old uniq and the values it closes over. DecodeError for one of the old format."""
     if fun.tag != 112:
-        raise DecodeError("the hash of a fun needs the format of Erlang/OTP R5 or later (NEW_FUN_EXT)")
+        raise DecodeError("a fun in the old format (FUN_EXT) has no hash")
     index, free = struct.unpack_from(">II", fun.body, 21)
     atoms = AtomTable()
     pos = 29

@@ -218,7 +218,8 @@ class Export:
 class Fun:
     """A closure made on a BEAM: opaque here, but it can be stored and sent back.
 
-    `body` is what stands behind the tag on the wire, untouched; the other fields are read from it for display.
+    `body` is what stands behind the tag on the wire (references to an atom cache made plain); the other fields are read
+    from it for display. `arity` is -1 where the format does not tell it (FUN_EXT).
     """
 
     tag: int
