@@ -269,6 +269,7 @@ class Connector:
 
     def __init__(self, node: NodeConnections, *, retry_interval_s: float, random: Random | None = None) -> None:
         self._node = node
+        self._log = log.bind(node=str(node.name))
         self._plan = ReconnectPlan(str(node.name), retry_interval_s=retry_interval_s, random=random or Random())
         self._running = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -289,7 +290,7 @@ class Connector:
         is_up = any(each.name == peer for each in self._node.nodes())
         verdict = self._plan.want(peer, source, now, forever=forever, is_up=is_up)
         if verdict == "new":
-            log.info("node_wanted", peer=peer, source=source)
+            self._log.info("node_wanted", peer=peer, source=source)
             self._advance()
         elif verdict in ("invalid", "full"):
             self.refused[verdict] += 1
@@ -362,9 +363,11 @@ class Connector:
             if len(self._logged) >= 2 * MAX_FOUND:
                 self._logged.clear()
             self._logged[peer] = error
-            log.warning("node_unreachable", peer=peer, reason=error)
+            self._log.warning("node_unreachable", peer=peer, reason=error)
 
     def _report_refused(self, peer: str, source: str, verdict: Verdict, now: float) -> None:
         if now >= self._report_again_at:
             self._report_again_at = now + REPORT_EVERY_S
-            log.warning("node_names_refused", last=peer[:300], source=source, why=verdict, refused=dict(self.refused))
+            self._log.warning(
+                "node_names_refused", last=peer[:300], source=source, why=verdict, refused=dict(self.refused)
+            )

@@ -343,13 +343,14 @@ class Gossip:
         self._connector: Wants | None = None
         self._error: str | None = None
         self._sent = 0
+        self._log = log.bind(node=own_name)
         self.intake = Intake(self._codec, own_name)
 
     async def start(self, connector: Wants) -> None:
         """Open the socket and begin. A network that is not there is logged and tried again at each heartbeat."""
         self._connector = connector
         if self._options.multicast and self._options.bind not in ("0.0.0.0", self._options.address):
-            log.warning(
+            self._log.warning(
                 "gossip_bound_to_one_address",
                 bind=self._options.bind,
                 hint="such a socket may hear no multicast: unset EX_ESDB_CLUSTER_INTERFACE, and name the interface in "
@@ -399,14 +400,14 @@ class Gossip:
             return
         self._sent += 1
         if self._error is not None:
-            log.info("gossip_works_again", address=self._options.address, port=self._options.port)
+            self._log.info("gossip_works_again", address=self._options.address, port=self._options.port)
             self._error = None
 
     def _failed(self, error: OSError) -> None:
         """The network cannot be used, or not for sending. Logged once for each reason."""
         reason = error.strerror or str(error)
         if reason != self._error:
-            log.warning("gossip_failed", address=self._options.address, port=self._options.port, reason=reason)
+            self._log.warning("gossip_failed", address=self._options.address, port=self._options.port, reason=reason)
         self._error = reason
 
     def _listen(self) -> None:
@@ -446,7 +447,7 @@ class Gossip:
     def _act(self, heard: Heard) -> None:
         if heard.report is not None:
             report = heard.report
-            log.warning(
+            self._log.warning(
                 "gossip_packets_ignored",
                 why=report.reason,
                 packets=report.packets,
