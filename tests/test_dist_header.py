@@ -227,7 +227,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
-TestConversation.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestConversation.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
 # What a peer must not send
@@ -294,7 +294,7 @@ def test_atoms_of_headers_count_against_the_peer() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_garbled_frames_are_read_or_refused(data: st.DataObject) -> None:
     writer, reader = HeaderWriter(), HeaderReader(AtomTable())
     frames: list[bytes] = []

@@ -91,6 +91,7 @@ terms = st.recursive(leaves, containers, max_leaves=25)
 
 
 @given(terms)
+@settings(max_examples=70, deadline=None)
 def test_what_is_encoded_decodes_to_the_same_term(term: Term) -> None:
     data = encode(term)
     assert exact_equal(decode(data), term)
@@ -101,6 +102,7 @@ def test_what_is_encoded_decodes_to_the_same_term(term: Term) -> None:
 
 
 @given(terms)
+@settings(max_examples=70, deadline=None)
 def test_a_decoded_term_encodes_to_the_same_bytes(term: Term) -> None:
     data = encode(term)
     assert encode(decode(data)) == data
@@ -121,6 +123,7 @@ class AtomRefs(dict[Atom, bytes]):
 
 
 @given(terms)
+@settings(max_examples=70, deadline=None)
 def test_a_message_with_an_atom_cache_decodes_and_becomes_plain(term: Term) -> None:
     refs = AtomRefs()
     out = bytearray(b"header")
@@ -154,6 +157,7 @@ def survives_or_refuses(data: bytes) -> None:
 
 
 @given(terms, st.data())
+@settings(max_examples=70, deadline=None)
 def test_a_truncated_term_is_refused(term: Term, data: st.DataObject) -> None:
     whole = encode(term)
     part = whole[: data.draw(st.integers(0, len(whole) - 1))]
@@ -165,7 +169,7 @@ def test_a_truncated_term_is_refused(term: Term, data: st.DataObject) -> None:
 
 
 @given(terms, st.data())
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 def test_a_garbled_term_is_decoded_or_refused(term: Term, data: st.DataObject) -> None:
     garbled = bytearray(encode(term))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -174,7 +178,7 @@ def test_a_garbled_term_is_decoded_or_refused(term: Term, data: st.DataObject) -
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=500)
+@settings(max_examples=300, deadline=None)
 def test_random_bytes_are_decoded_or_refused(data: bytes) -> None:
     survives_or_refuses(b"\x83" + data)
     survives_or_refuses(data)
@@ -448,14 +452,14 @@ BOMBS = {
 def test_a_bomb_is_refused_at_once_and_without_memory(name: str) -> None:
     data = BOMBS[name]
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises((DecodeError, LimitExceeded)):
             decode(data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert peak < 32_000_000
 
 
@@ -488,13 +492,13 @@ def test_limits_are_named_in_their_errors() -> None:
 def test_time_grows_with_the_size_only(make: Callable[[int], Term]) -> None:
     def seconds(term: Term) -> float:
         best = 9.0
-        for _ in range(3):
-            start = time.perf_counter()
+        for _ in range(2):
+            start = time.process_time()
             decode(encode(term))
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
-    small, large = seconds(make(4_000)), seconds(make(32_000))
+    small, large = seconds(make(3_000)), seconds(make(24_000))
     assert large < 40 * small + 0.01
 
 
@@ -513,6 +517,7 @@ def test_the_spine_decodes_what_routing_needs_and_leaves_the_rest() -> None:
 
 
 @given(terms, st.integers(0, 4))
+@settings(max_examples=70, deadline=None)
 def test_a_spine_stands_for_the_whole_term(term: Term, levels: int) -> None:
     data = encode_term(term)
     assert encode_term(decode_spine(data, 0, levels, AtomTable())) == data
@@ -539,9 +544,9 @@ def test_a_spine_costs_no_more_when_the_rest_is_large() -> None:
         data = encode_term((NODE, (Atom("ok"), [b""] * events)))
         best = 9.0
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             decode_spine(data, 0, 2, AtomTable())
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     assert seconds(200_000) < 0.01
