@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -40,21 +41,38 @@ REMARKS: Final = """\
 - Memory is that of whole processes as the system sees it, interpreter and virtual machine included."""
 
 
-async def measure(args: argparse.Namespace) -> tuple[list[Table], str]:
-    """The tables of the chapters asked for, and the release of OTP."""
-    tables: list[Table] = []
+async def measure(args: argparse.Namespace) -> AsyncIterator[Table]:
+    """The tables of the chapters asked for, each as soon as it is there."""
     beam_echo_ns: float | None = None
     seconds, rounds = (QUICK_CELL_S, 1) if args.quick else (args.seconds, ROUNDS)
     if "echo" in args.only:
-        echo_tables, beam_echo_ns = await echo.run(seconds, rounds)
-        tables += echo_tables
+        tables, beam_echo_ns = await echo.run(seconds, rounds)
+        for table in tables:
+            yield table
     if "codec" in args.only:
-        tables += await codec.run(QUICK_CELL_S if args.quick else CODEC_S, rounds)
+        yield await codec.run(QUICK_CELL_S if args.quick else CODEC_S, rounds)
     if "gateway" in args.only:
-        tables += await gateway.run(seconds, rounds, beam_echo_ns)
+        yield await gateway.run(seconds, rounds, beam_echo_ns)
     if "names" in args.only:
-        tables += await names.run(*((QUICK_CELL_S, QUICK_COUNTS) if args.quick else (NAMES_S, names.COUNTS)))
-    return tables, otp_version()
+        yield await names.run(*((QUICK_CELL_S, QUICK_COUNTS) if args.quick else (NAMES_S, names.COUNTS)))
+
+
+async def make_page(args: argparse.Namespace) -> str:
+    """Measure, print every part of the page as it is made, and return the whole."""
+    parts: list[str] = []
+
+    def add(part: str) -> None:
+        parts.append(part)
+        print(part, flush=True, end="\n\n")
+
+    facts = [*machine.description(otp_version()), ("load averages before the run", machine.load())]
+    add(HEAD)
+    add(Table("Where and with what", ("what", "value"), rows=list(facts)).text())
+    async for table in measure(args):
+        add(table.text())
+    add(f"Load averages after the run: {machine.load()}.")
+    add(REMARKS)
+    return "\n\n".join(parts) + "\n"
 
 
 def otp_version() -> str:
@@ -63,12 +81,6 @@ def otp_version() -> str:
     return subprocess.run(
         ["erl", "-noshell", "-boot", "no_dot_erlang", "-eval", source], capture_output=True, text=True, check=True
     ).stdout
-
-
-def page(tables: list[Table], facts: list[tuple[str, str]]) -> str:
-    """The page for the documentation."""
-    machine_table = Table("Where and with what", ("what", "value"), rows=list(facts))
-    return "\n\n".join([HEAD, *(table.text() for table in [machine_table, *tables]), REMARKS]) + "\n"
 
 
 def main() -> None:
@@ -80,13 +92,9 @@ def main() -> None:
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the page there")
     args = parser.parse_args()
-    before = machine.load()
-    tables, otp = asyncio.run(measure(args))
-    facts = [*machine.description(otp), ("load before", before), ("load after", machine.load())]
-    text = page(tables, facts)
-    print(text, end="")
+    page = asyncio.run(make_page(args))
     if args.write is not None:
-        args.write.write_text(text)
+        args.write.write_text(page)
 
 
 if __name__ == "__main__":

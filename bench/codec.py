@@ -134,7 +134,7 @@ def for_marshal(term: Term) -> Any:
     return term
 
 
-async def run(seconds: float, rounds: int) -> list[Table]:
+async def run(seconds: float, rounds: int) -> Table:
     """The table; `seconds` is what each codec may take for each of decoding and encoding, in `rounds` turns."""
     term = reply(EVENTS)
     beam: list[Result] = []
@@ -146,7 +146,7 @@ async def run(seconds: float, rounds: int) -> list[Table]:
         inputs = {"marshal": marshal.dumps(for_marshal(term))}
         for name, results in seen.items():
             results.append(await _in_process(name, inputs.get(name, encoded), seconds / rounds))
-    return [_table(len(encoded), beam, seen)]
+    return _table(len(encoded), beam, seen)
 
 
 def _table(size: int, beam: Sequence[Result], seen: Mapping[str, Sequence[Result]]) -> Table:

@@ -40,7 +40,7 @@ def append(server: Server, caller: int) -> Term:
     return (Atom("append_events"), Atom(STORE), b"bench-append-%d" % caller, [event.to_term()])
 
 
-async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> list[Table]:
+async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
     """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured."""
     async with contextlib.AsyncExitStack() as stack:
         beams = Beams()
@@ -99,4 +99,4 @@ async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> list[T
             f"{microseconds(relayed - direct)}, which is {(relayed - direct) / beam_echo_ns:.1f} echo round trips "
             f"between BEAM nodes of the same run (aim: below {AIMED_ECHOES})."
         )
-    return [table]
+    return table

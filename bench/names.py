@@ -95,7 +95,7 @@ def measure_here(count: int, seconds: float) -> Result:
     )
 
 
-async def run(seconds: float, counts: Sequence[int] = COUNTS) -> list[Table]:
+async def run(seconds: float, counts: Sequence[int] = COUNTS) -> Table:
     """The table, one row a size."""
     table = Table(
         "Swarm registry",
@@ -111,7 +111,7 @@ async def run(seconds: float, counts: Sequence[int] = COUNTS) -> list[Table]:
         result = await _in_process(count, seconds)
         weight = NONE if result.bytes_per_name is None else f"{result.bytes_per_name:.0f} B"
         table.add(f"{count:,}", f"{result.by_name_ns / 1e3:.2f} µs", f"{result.workers_ns / 1e3:.2f} µs", weight)
-    return [table]
+    return table
 
 
 async def _in_process(count: int, seconds: float) -> Result:
