@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 
 import pytest
@@ -118,7 +119,7 @@ async def test_a_link_to_oneself_is_none(node: Node) -> None:
 
 async def test_a_long_chain_of_links_falls_without_recursion(node: Node) -> None:
     chain = [Collector(node) for _ in range(5_000)]
-    for one, next_one in zip(chain, chain[1:], strict=False):
+    for one, next_one in itertools.pairwise(chain):
         one.process.link(next_one.process.pid)
     chain[0].process.exit(OOPS)
     assert all(each.reason is OOPS for each in chain)
