@@ -110,6 +110,26 @@ class UnknownOutcome(GaterError):
         super().__init__(f"{operation}: the outcome is unknown ({details}); read the stream before trying again")
 
 
+class PartiallyAppended(GaterError):
+    """Another writer came between the events of a batch: `stored` of `of` are in the stream, up to number `last`."""
+
+    def __init__(self, last: int, stored: int, of: int) -> None:
+        self.last = last
+        self.stored = stored
+        self.of = of
+        super().__init__(
+            f"{stored} of {of} events were appended, up to version {last}: read the stream and decide anew"
+        )
+
+
+class NoQuorum(GaterError):
+    """The members of the store that this gateway reaches are no majority, or do not agree; nothing was written."""
+
+    def __init__(self, details: Any) -> None:
+        self.details = details
+        super().__init__(f"the store has no quorum that this gateway can see ({details!r}): try again later")
+
+
 class RequestFailed(GaterError):
     """The store answered `operation` with an error that has no class of its own; `reason` is its Erlang term."""
 

@@ -15,12 +15,13 @@ from typing import Final
 
 import structlog
 
-from gater.api.router import Registered, parse_registry
+from gater.api import guarded
+from gater.api.router import parse_registry
 from gater.api.server import API_MODULE
 from gater.api.service import Service
 from gater.erl.errors import ErlangException
-from gater.erl.process import NOCONNECTION
-from gater.erl.rpc import PendingRpc
+from gater.erl.process import NOCONNECTION, NOPROC
+from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
 
 REFRESH_S: Final = 5.0
@@ -31,7 +32,6 @@ ASK_TIMEOUT_S: Final = 3.0
 
 EX_ESDB: Final = Atom("ex_esdb")
 GATER: Final = Atom("gater")
-NO_WORKERS: Final = Atom("noproc")
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +46,7 @@ class Discovery:
         self._service = service
         self._node = service.node
         self._through_gateways = through_gateways
-        self._kinds: dict[Atom, set[Atom]] = {}
-        """Connected nodes and the applications they run, as far as they have answered."""
-        self._asking: dict[Atom, PendingRpc] = {}
+        self._asking: dict[Atom, asyncio.Task[None]] = {}
         self._waiting: list[Callable[[], object]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._stop_watching: Callable[[], None] | None = None
@@ -57,9 +55,7 @@ class Discovery:
     def start(self) -> None:
         """Begin to watch the node's connections."""
         self._stop_watching = self._node.monitor_nodes(self._node_changed)
-        for peer in self._node.nodes():
-            self._ask_applications(peer)
-        self._timer = asyncio.get_running_loop().call_later(REFRESH_S, self._periodically)
+        self._periodically()
 
     def stop(self) -> None:
         """Ask nobody any more."""
@@ -69,15 +65,12 @@ class Discovery:
             self._stop_watching()
         for asking in self._asking.values():
             asking.cancel()
-        self._asking.clear()
-        self._settle()
 
     def refresh(self, on_done: Callable[[], object]) -> None:
         """Ask every node again; `on_done()` when all have answered or failed to."""
         self._waiting.append(on_done)
         for peer in self._node.nodes():
-            if peer not in self._asking:
-                self._ask_applications(peer)
+            self._ask(peer)
         if not self._asking:
             asyncio.get_running_loop().call_soon(self._settle)
 
@@ -87,49 +80,23 @@ class Discovery:
 
     def _node_changed(self, peer: Atom, is_up: bool, reason: str) -> None:
         if is_up:
-            self._ask_applications(peer)
+            self._ask(peer)
             return
-        self._kinds.pop(peer, None)
-        asking = self._asking.pop(peer, None)
+        self._service.guarded_forms.pop(peer, None)
+        asking = self._asking.get(peer)
         if asking is not None:
             asking.cancel()
         for worker in self._service.router.node_down(peer):
             self._service.unwatch(worker, NOCONNECTION)
-        self._settle_if_done()
 
-    def _ask(self, peer: Atom, module: str, function: str, on_answer: Callable[[Atom, Term], None]) -> None:
-        def answered(result: Term, error: ErlangException | None) -> None:
-            self._asking.pop(peer, None)
-            if error is None:
-                on_answer(peer, result)
-            else:
-                log.info("node_did_not_answer", peer=str(peer), asked=f"{module}:{function}", reason=repr(error.reason))
-            self._settle_if_done()
+    def _ask(self, peer: Atom) -> None:
+        if peer not in self._asking:
+            task = asyncio.ensure_future(self._learn(peer))
+            self._asking[peer] = task
+            task.add_done_callback(lambda ended: self._asked(peer))
 
-        self._asking[peer] = PendingRpc(self._node, peer, (Atom(module), Atom(function), []), answered, ASK_TIMEOUT_S)
-
-    def _ask_applications(self, peer: Atom) -> None:
-        self._ask(peer, "application", "which_applications", self._applications_known)
-
-    def _applications_known(self, peer: Atom, answer: Term) -> None:
-        running: set[Atom] = set()
-        if type(answer) is list:
-            running = {each[0] for each in answer if type(each) is tuple and each and type(each[0]) is Atom}
-        self._kinds[peer] = running
-        if EX_ESDB in running:
-            self._ask(peer, "Elixir.Swarm", "registered", self._registry_known)
-        elif GATER in running and self._through_gateways:
-            self._service.watch(self._service.router.add((Atom(API_MODULE), peer), peer, None))
-
-    def _registry_known(self, peer: Atom, answer: Term) -> None:
-        entries: list[Registered] = parse_registry(answer)
-        added, dropped = self._service.router.registered(peer, entries)
-        for worker in added:
-            self._service.watch(worker)
-        for worker in dropped:
-            self._service.unwatch(worker, NO_WORKERS)
-
-    def _settle_if_done(self) -> None:
+    def _asked(self, peer: Atom) -> None:
+        self._asking.pop(peer, None)
         if not self._asking:
             self._settle()
 
@@ -137,3 +104,36 @@ class Discovery:
         waiting, self._waiting = self._waiting, []
         for on_done in waiting:
             on_done()
+
+    async def _learn(self, peer: Atom) -> None:
+        try:
+            running = _names_of(await self._call(peer, "application", "which_applications"))
+            if EX_ESDB in running:
+                await self._learn_store_node(peer)
+            elif GATER in running and self._through_gateways:
+                self._service.watch(self._service.router.add((Atom(API_MODULE), peer), peer, None))
+        except ErlangException as error:
+            log.info("node_did_not_answer", peer=str(peer), reason=repr(error.reason)[:200])
+
+    async def _learn_store_node(self, peer: Atom) -> None:
+        service = self._service
+        if peer not in service.guarded_forms and service.append_mode != "worker":
+            form = await guarded.prepare(self._node, peer, ASK_TIMEOUT_S)
+            if form is not None:
+                service.guarded_forms[peer] = form
+        entries = parse_registry(await self._call(peer, "Elixir.Swarm", "registered"))
+        added, dropped = service.router.registered(peer, entries)
+        for worker in added:
+            service.watch(worker)
+        for worker in dropped:
+            service.unwatch(worker, NOPROC)
+
+    async def _call(self, peer: Atom, module: str, function: str) -> Term:
+        return await erpc_call(self._node, peer, module, function, timeout_s=ASK_TIMEOUT_S)
+
+
+def _names_of(applications: Term) -> set[Atom]:
+    """The names in an answer of `application:which_applications/0`, `[{Name, Description, Version}]`."""
+    if type(applications) is not list:
+        return set()
+    return {each[0] for each in applications if type(each) is tuple and each and type(each[0]) is Atom}

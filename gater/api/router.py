@@ -1,18 +1,25 @@
-"""Which worker gets a request: what is known of the gateway workers of each store, and the choice among them.
+"""Which node and worker get a request: what is known of the gateway workers of each store, and the choice among them.
 
-Pure: the caller tells it what registries say (`registered`), which workers and nodes are gone, and asks for a worker.
-A gateway worker has the Swarm name `{:gateway_worker, store, node, n}` (protocol of ExESDB 0.11, `gateway_worker.ex`).
-Every store node lists the workers of the whole cluster, and its list may lag; so a worker counts as long as any node
-that was asked still lists it and it has not been seen to die.
+Pure: the caller tells it what registries say (`registered`), which workers and nodes are gone or fail, and what time it
+is, and asks for a worker. A gateway worker has the Swarm name `{:gateway_worker, store, node, n}` (protocol of ExESDB
+0.11, `gateway_worker.ex`). Every store node lists the workers of the whole cluster, and its list may lag; so a worker
+counts as long as any node that was asked still lists it and it has not been seen to die.
 
-Choice: the less loaded of two workers taken at random, which is nearly as good as the least loaded of all and cannot
-make all gateways choose the same one.
+Choice. Requests about a stream go to the stream's *owner*: of the nodes with workers of the store, the one whose hash
+with the stream is highest (rendezvous hashing), so that all gateways agree without talking, a reader sees what was
+written through any of them, and a node that comes or goes moves only its own streams. If the owner is out of order,
+the next in that order takes its place. Other requests go to the less loaded of two random workers, which is nearly as good as
+the least loaded of all and cannot make all gateways choose the same one.
+
+A node whose requests fail `MAX_FAILURES` times in a row is left out (*open*), after a while one request is let through
+(*half-open*), and its outcome decides (a circuit breaker).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from gater.erl.terms import Atom, Pid, Term
@@ -21,6 +28,14 @@ GATEWAY_WORKER: Final = Atom("gateway_worker")
 
 MAX_WORKERS: Final = 100_000
 """Workers kept. A node has a handful for each of its stores; a registry that lists more is broken or hostile."""
+
+MAX_FAILURES: Final = 3
+"""Failures in a row after which a node is left out; fewer would let one lost message move streams."""
+
+OPEN_S: Final = 1.0
+"""How long a node is left out the first time; doubled with every probe that fails, ..."""
+MAX_OPEN_S: Final = 15.0
+"""... up to this."""
 
 ANY_STORE: Final = None
 """The store of a worker that serves every store: the API server of another gateway."""
@@ -36,17 +51,46 @@ class Registered(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One process that answers gateway worker requests.
-
-    `address` is what to send to, `load` its unanswered requests.
-    """
+    """A process that answers gateway worker requests. `address` is what to send to, `load` its unanswered requests."""
 
     address: Term
     node: Atom
     store: Atom | None
     load: int = 0
     listed_by: set[Atom] = field(default_factory=set)
-    alive: bool = True
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Whether requests are sent to a node."""
+
+    failures: int = 0
+    open_until: float = 0.0
+    open_s: float = OPEN_S
+
+    def allows(self, now: float) -> bool:
+        """Closed, or open for long enough that one more request may try."""
+        return self.failures < MAX_FAILURES or now >= self.open_until
+
+    def failed(self, now: float) -> bool:
+        """A request was not answered in time, or its worker died; True if the node is left out from now on."""
+        self.failures += 1
+        if self.failures < MAX_FAILURES:
+            return False
+        if self.failures > MAX_FAILURES:
+            self.open_s = min(self.open_s * 2, MAX_OPEN_S)
+        self.open_until = now + self.open_s
+        return self.failures == MAX_FAILURES
+
+    def probing(self, now: float) -> None:
+        """A request is sent: while the breaker is open it is the only one for a while."""
+        if self.failures >= MAX_FAILURES:
+            self.open_until = now + self.open_s
+
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self.failures = 0
+        self.open_s = OPEN_S
 
 
 def parse_registry(entries: Term) -> list[Registered]:
@@ -61,15 +105,21 @@ def parse_registry(entries: Term) -> list[Registered]:
     return found
 
 
+def owner_rank(store: Atom, stream: bytes, node: Atom) -> bytes:
+    """The weight of `node` in the choice of the stream's owner; the highest wins. The same on every gateway."""
+    key = b"\0".join((store.name.encode(), stream, node.name.encode()))
+    return blake2b(key, digest_size=8).digest()
+
+
 class Router:
-    """The workers known, by store."""
+    """The workers known, by store and node."""
 
     def __init__(self, choose: Callable[[int], int]) -> None:
         """`choose(n)` gives a random number below n."""
         self._choose = choose
         self._workers: dict[Term, Worker] = {}
-        self._by_store: dict[Atom | None, list[Worker]] = {}
-        self._seen_stores: set[Atom] = set()
+        self._stores: dict[Atom | None, dict[Atom, list[Worker]]] = {}
+        self._breakers: dict[Atom, Breaker] = {}
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -80,18 +130,28 @@ class Router:
     @property
     def stores(self) -> list[Atom]:
         """The stores that have a worker now."""
-        return [store for store, workers in self._by_store.items() if workers and store is not None]
+        return [store for store, nodes in self._stores.items() if nodes and store is not None]
 
     def is_known(self, store: Atom | None) -> bool:
         """Whether a worker of this store has ever been seen, or there is one that serves every store."""
-        return store in self._seen_stores or bool(self._by_store.get(ANY_STORE))
+        return store in self._stores or bool(self._stores.get(ANY_STORE))
 
     def workers(self, store: Atom | None = None) -> list[Worker]:
         """The workers of `store`, or all of them."""
-        return list(self._workers.values()) if store is None else list(self._by_store.get(store, ()))
+        if store is None:
+            return list(self._workers.values())
+        return [worker for workers in self._stores.get(store, {}).values() for worker in workers]
+
+    def nodes(self, store: Atom) -> list[Atom]:
+        """The nodes that have a worker of `store`."""
+        return list(self._stores.get(store, ()))
+
+    def worker_on(self, store: Atom, node: Atom) -> Worker | None:
+        """A worker of `store` on this node."""
+        return self._less_loaded(self._stores.get(store, {}).get(node, []))
 
     def add(self, address: Term, node: Atom, store: Atom | None) -> Worker:
-        """A worker that no registry lists: an embedded store, or another gateway's API server."""
+        """A worker that no registry lists: another gateway's API server."""
         worker = self._workers.get(address)
         if worker is None:
             worker = Worker(address, node, store)
@@ -123,9 +183,12 @@ class Router:
 
     def remove(self, worker: Worker) -> None:
         """This worker is gone."""
-        worker.alive = False
-        if self._workers.pop(worker.address, None) is not None:
-            self._by_store[worker.store].remove(worker)
+        if self._workers.pop(worker.address, None) is None:
+            return
+        nodes = self._stores[worker.store]
+        nodes[worker.node].remove(worker)
+        if not nodes[worker.node]:
+            del nodes[worker.node]
 
     def node_down(self, node: Atom) -> list[Worker]:
         """A node is gone, with its workers and with what it listed; the workers that go with it."""
@@ -133,27 +196,67 @@ class Router:
         for worker in gone:
             self.remove(worker)
         self.registered(node, ())
+        self._breakers.pop(node, None)
         return gone
 
-    def choose(self, store: Atom | None, avoid: Collection[Worker] = ()) -> Worker | None:
-        """A worker for a request about `store` (None: about no store in particular), none of `avoid`."""
+    def breaker(self, node: Atom) -> Breaker:
+        """The circuit breaker of a node."""
+        breaker = self._breakers.get(node)
+        if breaker is None:
+            breaker = self._breakers[node] = Breaker()
+        return breaker
+
+    def owners(self, store: Atom, stream: bytes) -> list[Atom]:
+        """The nodes with workers of `store`, the owner of `stream` first, then who takes its place."""
+        nodes = self._stores.get(store)
+        if not nodes:
+            return []
+        return sorted(nodes, key=lambda node: owner_rank(store, stream, node), reverse=True)
+
+    def owner(self, store: Atom, stream: bytes, now: float, avoid: Collection[Atom] = ()) -> Atom | None:
+        """The node that answers for a stream now: its owner, or the first in order that is neither open nor avoided.
+
+        If all of them are, the first that is not avoided; None if there is none.
+        """
+        owners = [node for node in self.owners(store, stream) if node not in avoid]
+        for node in owners:
+            if self.breaker(node).allows(now):
+                return node
+        return owners[0] if owners else None
+
+    def choose(
+        self, store: Atom | None, stream: bytes | None, now: float, avoid: Collection[Atom] = ()
+    ) -> Worker | None:
+        """A worker for a request about `stream` of `store`, of `store` (stream None), or of any store (both None)."""
         if store is None:
-            candidates: list[Worker] = list(self._workers.values())
-        else:
-            candidates = self._by_store.get(store) or self._by_store.get(ANY_STORE, [])
+            return self._less_loaded(self._allowed(list(self._workers.values()), now, avoid))
+        nodes = self._stores.get(store)
+        if not nodes:
+            nodes = self._stores.get(ANY_STORE)
+            if not nodes:
+                return None
+        elif stream is not None:
+            node = self.owner(store, stream, now, avoid)
+            return None if node is None else self._less_loaded(nodes[node])
+        everyone = [worker for workers in nodes.values() for worker in workers]
+        return self._less_loaded(self._allowed(everyone, now, avoid))
+
+    def _allowed(self, workers: list[Worker], now: float, avoid: Collection[Atom]) -> list[Worker]:
         if avoid:
-            candidates = [worker for worker in candidates if worker not in avoid]
-        count = len(candidates)
+            workers = [worker for worker in workers if worker.node not in avoid]
+        allowed = [worker for worker in workers if self.breaker(worker.node).allows(now)]
+        return allowed or workers
+
+    def _less_loaded(self, workers: list[Worker]) -> Worker | None:
+        count = len(workers)
         if count == 0:
             return None
-        first = candidates[self._choose(count)]
+        first = workers[self._choose(count)]
         if count == 1:
             return first
-        second = candidates[self._choose(count)]
+        second = workers[self._choose(count)]
         return second if second.load < first.load else first
 
     def _insert(self, worker: Worker) -> None:
         self._workers[worker.address] = worker
-        self._by_store.setdefault(worker.store, []).append(worker)
-        if worker.store is not None:
-            self._seen_stores.add(worker.store)
+        self._stores.setdefault(worker.store, {}).setdefault(worker.node, []).append(worker)

@@ -68,6 +68,7 @@ CREATED_AT: Final = Atom("created_at")
 _SOURCE_UUID: Final = Atom("source_uuid")
 _SOURCE_VERSION: Final = Atom("source_version")
 _SOURCE_TYPE: Final = Atom("source_type")
+APPEND_EVENTS: Final = Atom("append_events")
 SNAPSHOTS: Final = Atom("snapshots")
 SUBSCRIPTIONS: Final = Atom("subscriptions")
 _TYPE: Final = Atom("type")
@@ -444,6 +445,8 @@ def epoch_us(moment: datetime) -> int:
 # | {:call_timeout, milliseconds}         | a request that changes nothing was not answered       | nothing to do  |
 # | {:worker_died, reason}                | the worker exited before it answered such a request   | nothing to do  |
 # | {:unknown_outcome, text}              | a write was sent and not answered                     | perhaps        |
+# | {:partially_appended, last, map}      | another writer came between the events of a batch     | in part        |
+# | {:no_quorum, details}                 | the store's members in reach are no majority          | no             |
 # | {:storage_failed, text}               | the embedded store could not read or write its file   | no             |
 # | {:reply_too_large, text}              | ask for fewer events                                  | nothing to do  |
 # | :not_found, {:khepri, :node_not_found, map} | no such snapshot                                | nothing to do  |
@@ -458,6 +461,10 @@ _NO_WORKER_AVAILABLE: Final = Atom("no_worker_available")
 _CALL_TIMEOUT: Final = Atom("call_timeout")
 _WORKER_DIED: Final = Atom("worker_died")
 _UNKNOWN_OUTCOME: Final = Atom("unknown_outcome")
+_PARTIALLY_APPENDED: Final = Atom("partially_appended")
+_STORED: Final = Atom("stored")
+_OF: Final = Atom("of")
+_NO_QUORUM: Final = Atom("no_quorum")
 _STORAGE_FAILED: Final = Atom("storage_failed")
 _REPLY_TOO_LARGE: Final = Atom("reply_too_large")
 NOT_FOUND: Final = Atom("not_found")
@@ -519,6 +526,15 @@ def unknown_outcome(text: str) -> Term:
     return (_UNKNOWN_OUTCOME, text.encode())
 
 
+def partially_appended(last_version: int, stored: int, of: int) -> Term:
+    """`stored` of the `of` events are in the stream, up to number `last_version`; then another writer came."""
+    return (_PARTIALLY_APPENDED, last_version, {_STORED: stored, _OF: of})
+
+
+def no_quorum(details: Term) -> Term:
+    return (_NO_QUORUM, details)
+
+
 def storage_failed(text: str) -> Term:
     return (_STORAGE_FAILED, text.encode())
 
@@ -566,6 +582,8 @@ def exception_for(reason: Term, request: Request | Term) -> errors.GaterError:
     if reason == EMPTY_STREAM_NAME:
         return errors.InvalidRequest(f"{op}: the stream has an empty name")
     match reason:
+        case (kind, int(last), Mapping() as counts) if kind is _PARTIALLY_APPENDED:
+            return errors.PartiallyAppended(last, int(counts.get(_STORED, 0)), int(counts.get(_OF, 0)))
         case (Atom() as name, detail) if name in _EXCEPTIONS:
             return _EXCEPTIONS[name](op, detail)
         case _:
@@ -589,6 +607,7 @@ _EXCEPTIONS: Final[dict[Atom, Callable[[str, Term], errors.GaterError]]] = {
     _CALL_TIMEOUT: lambda op, timeout_ms: errors.CallTimeout(op, timeout_ms / 1000),
     _WORKER_DIED: errors.WorkerDied,
     _UNKNOWN_OUTCOME: lambda op, text: errors.UnknownOutcome(op, _text(text)),
+    _NO_QUORUM: lambda op, details: errors.NoQuorum(details),
 }
 
 
@@ -611,6 +630,10 @@ def reason_for(problem: errors.GaterError) -> Term:
             return worker_died(exit_reason)
         case errors.UnknownOutcome(details=details):
             return unknown_outcome(str(details))
+        case errors.PartiallyAppended(last=last, stored=stored, of=of):
+            return partially_appended(last, stored, of)
+        case errors.NoQuorum(details=details):
+            return no_quorum(details)
         case errors.Overloaded():
             return OVERLOADED
         case errors.Draining():
@@ -985,7 +1008,7 @@ Name: TypeAlias = str | bytes
 def append_events_request(store: Atom, stream: Name, events: Sequence[NewEvent], expected: Expected = ANY) -> Term:
     """Append with an expected version; `"any"` and `"stream_exists"` may be given as strings."""
     version = Atom(expected) if isinstance(expected, str) else expected
-    return (Atom("append_events"), store, _binary(stream), version, [event.to_term() for event in events])
+    return (APPEND_EVENTS, store, _binary(stream), version, [event.to_term() for event in events])
 
 
 def get_events_request(store: Atom, stream: Name, start: int, count: int, direction: Atom = FORWARD) -> Term:

@@ -23,11 +23,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import structlog
 
 from gater.api import schema
+from gater.api.appends import Appends, events_to_send
 from gater.api.router import Router, Worker
 from gater.api.schema import Rejected, Request, check_request
 from gater.erl import etf
@@ -46,9 +47,17 @@ CALL_TIMEOUT_S: Final = 4.5
 """How long a request may take if its caller does not say. Elixir callers give up after 5 s: the answer comes before."""
 
 MAX_ATTEMPTS: Final = 5
-"""Workers asked for one read, or found dead for one write, before the caller is told."""
+"""Workers asked for one request before the caller is told."""
 
-_WRONG_EXPECTED_VERSION: Final = Atom("wrong_expected_version")
+ATTEMPT_SHARE: Final = 0.4
+"""Of the time left, how much the first worker may take before another node is asked as well: a frozen node answers
+never, and a large read answers late; two more can be asked before time is up."""
+
+MIN_ATTEMPT_S: Final = 0.5
+"""But never less than this."""
+
+AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
+
 _REPLY_LEVELS: Final = 1
 
 log = structlog.get_logger(__name__)
@@ -81,11 +90,19 @@ class Service:
         embedded: Embedded | None = None,
         max_requests: int = MAX_REQUESTS,
         timeout_s: float = CALL_TIMEOUT_S,
+        append_mode: AppendMode = "auto",
     ) -> None:
+        """`append_mode`: guarded appends where the store node offers them (`auto`), always or never."""
         self.node = node
         self.router = Router(random.randrange)
         self.embedded = embedded
         self.registries: Registries | None = None
+        self.append_mode: AppendMode = append_mode
+        self.guarded_forms: dict[Atom, EncodedTerm] = {}
+        """Store nodes that can append guarded, each with the expression it has parsed for us."""
+        self.quorum: Callable[[Atom], Term | None] = lambda store: None
+        """Why a store must not be written to now (the details of `no_quorum`), or None."""
+        self._appends = Appends(self)
         self.timeout_s = timeout_s
         self.max_requests = max_requests
         self._calls: dict[Worker, set[_Call]] = {}
@@ -122,7 +139,20 @@ class Service:
             return
         self._under_way += 1
         to_send = raw if raw is not None and checked.term is request else checked.term
-        _Call(self, checked, to_send, on_reply, self.timeout_s if timeout_s is None else timeout_s).begin()
+        allowed_s = self.timeout_s if timeout_s is None else timeout_s
+        if checked.op == "append_events" and checked.term[-1] and checked.store in self.router.stores:
+            self._appends.submit(checked, events_to_send(checked.term, to_send), on_reply, allowed_s)
+        else:
+            _Call(self, checked, to_send, on_reply, allowed_s).begin()
+
+    def guarded_form(self, node: Atom) -> EncodedTerm | None:
+        """The expression for guarded appends on `node`; None if its workers' appends are to be used."""
+        return None if self.append_mode == "worker" else self.guarded_forms.get(node)
+
+    def write_refusal(self, store: Atom) -> Term | None:
+        """The reason why nothing must be written to `store` now, or None."""
+        details = self.quorum(store)
+        return None if details is None else schema.no_quorum(details)
 
     def cast(self, request: Term, on_taken: OnTaken, *, raw: Term = None) -> None:
         """Carry out a cast; `on_taken` is called once: with None when it has been sent, or with why it could not be."""
@@ -141,7 +171,7 @@ class Service:
 
     def _send_cast(self, request: Request, term: Term, on_taken: OnTaken, *, last: bool = False) -> bool:
         """Whether that settles it; with `last` it does."""
-        worker = self.router.choose(request.store)
+        worker = self.router.choose(request.store, None, asyncio.get_running_loop().time())
         if worker is not None:
             cast(self.node, worker.address, term)
             on_taken(None)
@@ -231,6 +261,7 @@ class _Call:
     __slots__ = (
         "_attempts",
         "_deadline",
+        "_loop",
         "_on_reply",
         "_pending",
         "_request",
@@ -247,12 +278,12 @@ class _Call:
         self._term = term
         self._on_reply: OnReply | None = on_reply
         self._attempts = 0
-        self._tried: list[Worker] = []
+        self._tried: set[Atom] = set()
         self._pending: PendingCall | None = None
         self._worker: Worker | None = None
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + timeout_s
-        self._timer = loop.call_later(timeout_s, self._timed_out, timeout_s)
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout_s
+        self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
 
     def begin(self) -> None:
         """Send the request to whoever can answer it."""
@@ -268,13 +299,17 @@ class _Call:
 
     def _send(self, *, refreshed: bool = False) -> None:
         service, request = self._service, self._request
-        worker = service.router.choose(request.store, self._tried)
+        now = self._loop.time()
+        worker = service.router.choose(request.store, request.stream, now, self._tried)
+        if worker is None and self._tried:
+            self._tried.clear()
+            worker = service.router.choose(request.store, request.stream, now)
         if worker is None and request.op == "get_version" and not service.router.is_known(request.store):
             # As the original: whoever is asked answers, for a store it does not know too.
             if service.embedded is not None:
                 service.embedded.submit(request, self._answer)
                 return
-            worker = service.router.choose(None, self._tried)
+            worker = service.router.choose(None, None, now, self._tried)
         if worker is None:
             if refreshed:
                 self._answer(schema.error(service.missing(request.store)))
@@ -289,7 +324,7 @@ class _Call:
                 worker.address,
                 self._term,
                 self._replied,
-                timeout_s=None,
+                timeout_s=self._attempt_s(),
                 spine_levels=_REPLY_LEVELS,
                 watched=False,
             )
@@ -300,29 +335,40 @@ class _Call:
         if self._on_reply is not None:
             self._send(refreshed=True)
 
+    def _attempt_s(self) -> float | None:
+        """How long the worker may take before another one is asked; None: as long as the caller waits."""
+        if not self._request.idempotent or self._request.store is None:
+            return None
+        if len(self._service.router.nodes(self._request.store)) < 2:
+            return None
+        return max((self._deadline - self._loop.time()) * ATTEMPT_SHARE, MIN_ATTEMPT_S)
+
     def _replied(self, reply: Term, error: CallError | None) -> None:
         if self._on_reply is None:
             return
         if error is not None:
             self.worker_down(error)
             return
-        if reply == (schema.ERROR, _WRONG_EXPECTED_VERSION):
-            self._complete_refusal()
-        else:
-            self._answer(reply)
+        if self._worker is not None:
+            self._service.router.breaker(self._worker.node).succeeded()
+        self._answer(reply)
 
     def worker_down(self, error: CallError) -> None:
-        """The worker is gone (or was not there at all): try another one, or say so."""
+        """The worker is gone, was not there at all, or takes too long: try another one, or say so."""
         worker = self._worker
         if self._on_reply is None or worker is None:
             return
         self._let_go()
-        self._tried.append(worker)
+        router = self._service.router
         self._attempts += 1
         never_begun = isinstance(error, NoProcess)
+        if never_begun:
+            router.remove(worker)
+        else:
+            if router.breaker(worker.node).failed(self._loop.time()):
+                log.warning("node_left_out", store=str(worker.store), peer=str(worker.node))
+            self._tried.add(worker.node)
         if self._attempts < MAX_ATTEMPTS and (never_begun or self._request.idempotent):
-            if never_begun:
-                self._service.router.remove(worker)
             self._send()
         elif self._request.is_write and not never_begun:
             self._answer(schema.error(schema.unknown_outcome(f"{error}; read the stream and look for the event ids")))
@@ -338,28 +384,10 @@ class _Call:
             reason = schema.call_timeout(round(timeout_s * 1000))
         self._answer(schema.error(reason))
 
-    def _complete_refusal(self) -> None:
-        """A worker that lost a race does not say at which version the stream is: ask."""
-        request = self._request
-        if request.store is None or request.stream is None:
-            self._answer(schema.error(_WRONG_EXPECTED_VERSION))
-            return
-        self._let_go()
-        remaining_s = max(self._deadline - asyncio.get_running_loop().time(), 0.0)
-
-        def versioned(reply: Term) -> None:
-            match reply:
-                case (schema.OK, int(version)):
-                    self._answer(schema.error(schema.wrong_expected_version(version)))
-                case _:
-                    self._answer(schema.error(_WRONG_EXPECTED_VERSION))
-
-        self._service.call(schema.get_version_request(request.store, request.stream), versioned, remaining_s)
-
     def _merge_stores(self, own: Term) -> None:
         """`list_stores` of a node with an embedded store: its own and those of the cluster."""
         service = self._service
-        if service.router.choose(None) is None:
+        if len(service.router) == 0:
             self._answer(own)
             return
         finish = self._on_reply
