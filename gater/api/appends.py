@@ -1,0 +1,454 @@
+"""Appends to the cluster's stores: carries out what `append.py` decides.
+
+Appends of one stream are carried out one after the other, in the order in which their callers came; different streams
+do not wait for each other. The first write of an append whose stream's version is known (or named by the caller) is one
+remote call and no task; asking for versions, catching up and resolving are rare and run as a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from gater.api import guarded, schema
+from gater.api.append import Append, AskVersion, Done, Resolve, Step, Write
+from gater.api.schema import Request
+from gater.erl.errors import CallError, EncodeError, ErlangException, ErlangThrow, NoProcess
+from gater.erl.gen_server import PendingCall
+from gater.erl.rpc import PendingRpc, erpc_call
+from gater.erl.terms import Atom, EncodedTerm, Term
+
+if TYPE_CHECKING:
+    from gater.api.service import OnReply, Service
+
+ATTEMPT_S: Final = 1.0
+"""How long one write may take before another node is asked: many times the usual, and leaves time for others ..."""
+ATTEMPT_PER_EVENT_S: Final = 0.01
+"""... and this much longer for each event of the batch (a real cluster needs 1 ms an event)."""
+
+PAUSE_S: Final = 0.1
+"""Before the only node left is asked again."""
+
+CATCH_UP_S: Final = 1.0
+"""How long a node may take to catch up before another one is asked."""
+
+MAX_REMEMBERED_STREAMS: Final = 100_000
+"""Streams whose last version and owner are remembered: at some 200 bytes each, 20 MB."""
+
+log = structlog.get_logger(__name__)
+
+
+class Appends:
+    """The appends under way of one service, by stream."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._queues: dict[tuple[Atom, bytes], deque[_AppendCall]] = {}
+        self._remembered: OrderedDict[tuple[Atom, bytes], tuple[int, Atom]] = OrderedDict()
+
+    def submit(self, request: Request, events: Term, on_reply: OnReply, timeout_s: float) -> None:
+        """Carry out an append; `events` are its events as they are to be sent (encoded or not)."""
+        assert request.store is not None
+        assert request.stream is not None
+        call = _AppendCall(self, request, events, on_reply, timeout_s)
+        queue = self._queues.get(call.key)
+        if queue is None:
+            self._queues[call.key] = deque((call,))
+            call.begin()
+        else:
+            queue.append(call)
+
+    def finished(self, call: _AppendCall) -> None:
+        """`call` has been answered: the next append of its stream begins."""
+        queue = self._queues[call.key]
+        if queue[0] is not call:
+            # It ran out of time while it waited; it is skipped when its turn comes.
+            return
+        while queue:
+            queue.popleft()
+            if queue and not queue[0].answered:
+                queue[0].begin()
+                return
+        del self._queues[call.key]
+
+    def remembered(self, key: tuple[Atom, bytes]) -> tuple[int, Atom] | None:
+        """The version this gateway last saw of a stream, and who its owner was."""
+        return self._remembered.get(key)
+
+    def remember(self, key: tuple[Atom, bytes], version: int, owner: Atom) -> None:
+        """The stream is at `version` now."""
+        self._remembered[key] = (version, owner)
+        self._remembered.move_to_end(key)
+        if len(self._remembered) > MAX_REMEMBERED_STREAMS:
+            self._remembered.popitem(last=False)
+
+
+class _AppendCall:
+    """One append: at most one write at a time, exactly one reply."""
+
+    __slots__ = (
+        "_appends",
+        "_avoid",
+        "_deadline",
+        "_events",
+        "_loop",
+        "_node",
+        "_on_reply",
+        "_pending",
+        "_plan",
+        "_request",
+        "_service",
+        "_task",
+        "_timer",
+        "key",
+    )
+
+    def __init__(self, appends: Appends, request: Request, events: Term, on_reply: OnReply, timeout_s: float) -> None:
+        self._appends = appends
+        self._service = appends.service
+        self._request = request
+        self._events = events
+        self._on_reply: OnReply | None = on_reply
+        self.key = (request.store or Atom("undefined"), request.stream or b"")
+        self._plan: Append
+        self._avoid: set[Atom] = set()
+        self._node: Atom | None = None
+        self._pending: PendingRpc | PendingCall | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout_s
+        self._timer = self._loop.call_later(timeout_s, self._out_of_time, timeout_s)
+        term = request.term
+        remembered = appends.remembered(self.key)
+        self._plan = Append(
+            term[3] if len(term) == 5 else None,
+            [event[schema.EVENT_ID] for event in term[-1]],
+            known_version=None if remembered is None else remembered[0],
+        )
+
+    @property
+    def answered(self) -> bool:
+        """Whether the caller has had its reply."""
+        return self._on_reply is None
+
+    @property
+    def _store(self) -> Atom:
+        return self.key[0]
+
+    @property
+    def _stream(self) -> bytes:
+        return self.key[1]
+
+    def begin(self) -> None:
+        """It is this append's turn."""
+        remembered = self._appends.remembered(self.key)
+        if remembered is not None:
+            self._plan.saw(remembered[0])
+        if not self._choose_node():
+            self._service.refresh(self._begin_refreshed)
+            return
+        self._first_step()
+
+    def _begin_refreshed(self) -> None:
+        if self.answered:
+            return
+        if self._choose_node():
+            self._first_step()
+        else:
+            self._finish(Done(schema.error(self._service.missing(self._store))))
+
+    def _first_step(self) -> None:
+        refusal = self._service.write_refusal(self._store)
+        if refusal is not None:
+            self._finish(Done(schema.error(refusal)))
+            return
+        remembered = self._appends.remembered(self.key)
+        if self._is_guarded or (remembered is not None and remembered[1] is self._node):
+            self._take(self._plan.begin(guarded=self._is_guarded))
+        else:
+            # A worker's check looks at its own node only: a new owner has to have everything first.
+            self._run(self._catch_up_and_begin())
+
+    def _choose_node(self) -> bool:
+        self._node = self._service.router.owner(self._store, self._stream, self._loop.time(), self._avoid)
+        if self._node is None and self._avoid:
+            self._avoid.clear()
+            self._node = self._service.router.owner(self._store, self._stream, self._loop.time())
+        return self._node is not None
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self._node is not None and self._service.guarded_form(self._node) is not None
+
+    # Steps
+
+    def _take(self, step: Step) -> None:
+        match step:
+            case Done():
+                self._finish(step)
+            case Write(first, again) if self._is_guarded:
+                self._write_guarded(first, again)
+            case Write(first, False):
+                self._write_by_worker(first)
+            case Write(first, True) | Resolve(first):
+                self._run(self._resolve(first))
+            case AskVersion(fenced):
+                self._run(self._ask_version(fenced))
+
+    def _attempt_s(self) -> float:
+        remaining = self._deadline - self._loop.time()
+        return max(0.0, min(remaining, ATTEMPT_S + ATTEMPT_PER_EVENT_S * len(self._request.term[-1])))
+
+    def _write_guarded(self, first: int, again: bool) -> None:
+        node = self._node
+        assert node is not None
+        form = self._service.guarded_form(node)
+        assert form is not None
+        attempt_s = self._attempt_s()
+        mfa = guarded.call(
+            form,
+            self._store,
+            self._stream,
+            self._events,
+            first,
+            again=again,
+            timeout_ms=max(1, round(attempt_s * 1000)),
+        )
+        self._service.router.breaker(node).probing(self._loop.time())
+        try:
+            self._pending = PendingRpc(self._service.node, node, mfa, self._guarded_done, attempt_s)
+        except EncodeError as error:
+            self._finish(Done(schema.error(schema.invalid_request(f"append_events: {error}"))))
+            return
+        self._plan.sent()
+
+    def _guarded_done(self, result: Term, error: ErlangException | None) -> None:
+        self._pending = None
+        if self.answered:
+            return
+        if isinstance(error, ErlangThrow):
+            match error.reason:
+                case (kind, int(last)) if kind is guarded.WRITTEN:
+                    self._node_works()
+                    self._take(self._plan.written(last))
+                    return
+                case (kind, int(number), int(count)) if kind is guarded.REFUSED:
+                    self._node_works()
+                    self._take(self._plan.refused(number, count))
+                    return
+        self._attempt_failed(error.reason if error is not None else result)
+        self._again(self._plan.unknown(guarded=True))
+
+    def _write_by_worker(self, first: int) -> None:
+        service, node = self._service, self._node
+        worker = service.router.choose(self._store, self._stream, self._loop.time(), self._avoid)
+        if worker is None or node is None:
+            self._again(self._plan.not_sent())
+            return
+        request = (schema.APPEND_EVENTS, self._store, self._stream, first - 1, self._events)
+        try:
+            self._pending = PendingCall(
+                service.node, worker.address, request, self._worker_done, timeout_s=self._attempt_s()
+            )
+        except EncodeError as error:
+            self._finish(Done(schema.error(schema.invalid_request(f"append_events: {error}"))))
+            return
+        self._plan.sent()
+
+    def _worker_done(self, reply: Term, error: CallError | None) -> None:
+        self._pending = None
+        if self.answered:
+            return
+        if error is not None:
+            self._attempt_failed(error.reason)
+            step = self._plan.not_sent() if isinstance(error, NoProcess) else self._plan.unknown(guarded=False)
+            self._again(step)
+            return
+        self._node_works()
+        match reply:
+            case (schema.OK, int(version)):
+                self._take(self._plan.written(version))
+            case (schema.ERROR, reason) if schema.is_wrong_expected_version(reason):
+                self._run(self._refused_by_worker())
+            case _:
+                self._finish(Done(reply))
+
+    def _node_works(self) -> None:
+        if self._node is not None:
+            self._service.router.breaker(self._node).succeeded()
+
+    def _attempt_failed(self, reason: Term) -> None:
+        node = self._node
+        if node is None:
+            return
+        log.warning("append_attempt_failed", store=str(self._store), peer=str(node), reason=repr(reason)[:200])
+        if self._service.router.breaker(node).failed(self._loop.time()):
+            log.warning("node_left_out", store=str(self._store), peer=str(node))
+        self._avoid.add(node)
+
+    def _again(self, step: Step) -> None:
+        """Take `step` on another node if there is one, else on this one a little later."""
+        before = self._node
+        if self._choose_node() and self._node is not before:
+            self._take(step)
+        else:
+            self._loop.call_later(PAUSE_S, self._paused, step)
+
+    def _paused(self, step: Step) -> None:
+        if self.answered:
+            return
+        if self._choose_node():
+            self._take(step)
+        else:
+            self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self._paused, step))
+
+    # Rare steps, as tasks
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    async def _ask_version(self, fenced: bool) -> None:
+        while not self.answered:
+            try:
+                if fenced:
+                    await self._catch_up()
+                version = await self._version(self._node)
+            except (CallError, ErlangException) as error:
+                await self._elsewhere(error)
+            else:
+                self._take(self._plan.version(version))
+                return
+
+    async def _catch_up_and_begin(self) -> None:
+        while not self.answered:
+            try:
+                await self._catch_up()
+            except (CallError, ErlangException) as error:
+                await self._elsewhere(error)
+            else:
+                self._take(self._plan.begin(guarded=self._is_guarded))
+                return
+
+    async def _refused_by_worker(self) -> None:
+        while not self.answered:
+            try:
+                await self._catch_up()
+                version = await self._version(self._node)
+            except (CallError, ErlangException) as error:
+                await self._elsewhere(error)
+            else:
+                self._take(self._plan.refused_anew(version + 1))
+                return
+
+    async def _resolve(self, first: int) -> None:
+        """Look whether the events have arrived, on a node that knows all there is."""
+        while not self.answered:
+            try:
+                await self._catch_up()
+                version = await self._version(self._node)
+                count = len(self._request.term[-1])
+                request = schema.get_events_request(self._store, self._stream, first, count)
+                reply = await self._ask(self._node, request)
+            except (CallError, ErlangException) as error:
+                await self._elsewhere(error)
+                continue
+            match reply:
+                case (schema.OK, list(events)):
+                    self._take(self._plan.found([event.get(schema.EVENT_ID) for event in events], version))
+                    return
+                case _:
+                    await asyncio.sleep(PAUSE_S)
+
+    async def _elsewhere(self, error: CallError | ErlangException) -> None:
+        """Go on on another node if there is one, else on this one a little later."""
+        self._attempt_failed(error.reason)
+        before = self._node
+        if not self._choose_node() or self._node is before:
+            await asyncio.sleep(PAUSE_S)
+
+    async def _catch_up(self) -> None:
+        """Wait until the owner's node has everything that is committed.
+
+        With Khepri by its fence; else until it has the highest version that any live node reports.
+        """
+        node = self._node
+        if node is None:
+            raise NoProcess(schema.NOT_FOUND)
+        if self._is_guarded:
+            timeout_ms = round(CATCH_UP_S * 1000)
+            outcome = await erpc_call(
+                self._service.node, node, "khepri", "fence", [self._store, timeout_ms], timeout_s=CATCH_UP_S
+            )
+            if outcome is not schema.OK:
+                raise CallError(outcome, f"{node} does not catch up: {outcome!r}")
+            return
+        others = self._service.router.nodes(self._store)
+        answers = await asyncio.gather(*(self._version(other) for other in others), return_exceptions=True)
+        highest = max((answer for answer in answers if isinstance(answer, int)), default=-1)
+        give_up = self._loop.time() + CATCH_UP_S
+        while await self._version(node) < highest:
+            if self._loop.time() > give_up:
+                raise CallError(schema.NOT_FOUND, f"{node} is behind version {highest} and does not catch up")
+            await asyncio.sleep(PAUSE_S / 10)
+
+    async def _version(self, node: Atom | None) -> int:
+        match await self._ask(node, schema.get_version_request(self._store, self._stream)):
+            case (schema.OK, int(version)):
+                return version
+            case reply:
+                raise CallError(reply, f"{node} does not say at which version the stream is: {reply!r}")
+
+    async def _ask(self, node: Atom | None, request: Term) -> Term:
+        """Ask a worker of this store on `node`."""
+        worker = None if node is None else self._service.router.worker_on(self._store, node)
+        if worker is None:
+            raise NoProcess(schema.NOT_FOUND, f"no worker on {node}")
+        answered: asyncio.Future[Term] = self._loop.create_future()
+
+        def on_done(reply: Term, error: CallError | None) -> None:
+            if answered.done():
+                return
+            if error is None:
+                answered.set_result(reply)
+            else:
+                answered.set_exception(error)
+
+        pending = PendingCall(
+            self._service.node, worker.address, request, on_done, timeout_s=min(CATCH_UP_S, self._attempt_s())
+        )
+        try:
+            return await answered
+        finally:
+            pending.cancel()
+
+    # The end
+
+    def _out_of_time(self, timeout_s: float) -> None:
+        self._finish(self._plan.out_of_time(timeout_s))
+
+    def _finish(self, done: Done) -> None:
+        on_reply, self._on_reply = self._on_reply, None
+        if on_reply is None:
+            return
+        self._timer.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        if done.version is not None and self._node is not None:
+            self._appends.remember(self.key, done.version, self._node)
+        self._service.done()
+        self._appends.finished(self)
+        on_reply(done.reply)
+
+
+def events_to_send(term: tuple[Term, ...], raw: Term) -> Term:
+    """The events of an append as they are to be sent: still encoded if the request came so."""
+    if type(raw) is tuple and raw and type(raw[-1]) is EncodedTerm:
+        return raw[-1]
+    return term[-1]
