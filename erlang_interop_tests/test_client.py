@@ -116,14 +116,24 @@ async def test_stores_subscriptions_and_checks(gateway: Gateway) -> None:
         assert await check(STORE)
 
 
-async def test_a_worker_that_dies_during_an_append_is_an_unknown_outcome(
-    gateway: Gateway, cluster: StandInCluster
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_an_append_whose_process_dies_is_resolved_and_stored_once(
+    gateway: Gateway, cluster: StandInCluster, moment: str
 ) -> None:
     await gateway.append_events(STORE, "s", events(1))
-    await cluster.set("die_in_next_append", Atom("after"))
+    await cluster.set("die_in_next_append", Atom(moment))
+    appended = events(2)
+    assert await gateway.append_events(STORE, "s", appended, expected_version=0) == 2
+    assert [each.event_id for each in await gateway.get_events(STORE, "s", 1)] == [each.event_id for each in appended]
+    assert await gateway.append_events(STORE, "s", events(1)) == 3
+
+
+async def test_an_append_that_nobody_answers_is_an_unknown_outcome(gateway: Gateway, cluster: StandInCluster) -> None:
+    await gateway.append_events(STORE, "s", events(1))
+    cluster.members[0].freeze()
     with pytest.raises(UnknownOutcome):
         await gateway.append_events(STORE, "s", events(1))
-    assert await gateway.append_events(STORE, "t", events(1)) == 0
+    cluster.members[0].thaw()
 
 
 async def test_a_worker_that_dies_during_a_read_is_replaced_by_another(

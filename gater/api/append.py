@@ -7,8 +7,8 @@ again without harm (`again`): what of it is stored already is recognised by its 
 number that holds somebody else's event is refused. The number is always chosen here, before the write is sent: a write
 that a frozen node carries out late can then only fill the very numbers that were meant for it.
 
-*Worker*: the gateway worker's own append, check-then-put. Sent once; when its outcome is unknown the stream is read from
-`first` on and the event ids are looked for.
+*Worker*: the gateway worker's own append, check-then-put. Sent once; when its outcome is unknown the stream is read
+from `first` on and the event ids are looked for.
 
     begin -> version known or expected -> WRITE
           -> else ASK_VERSION -> WRITE

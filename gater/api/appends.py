@@ -36,6 +36,10 @@ PAUSE_S: Final = 0.1
 CATCH_UP_S: Final = 1.0
 """How long a node may take to catch up before another one is asked."""
 
+MAX_WRITES_PER_NODE: Final = 64
+"""Writes under way on one store node; further ones wait here. More at once would only make each of them slower there,
+and time out."""
+
 MAX_REMEMBERED_STREAMS: Final = 100_000
 """Streams whose last version and owner are remembered: at some 200 bytes each, 20 MB."""
 
@@ -49,6 +53,8 @@ class Appends:
         self.service = service
         self._queues: dict[tuple[Atom, bytes], deque[_AppendCall]] = {}
         self._remembered: OrderedDict[tuple[Atom, bytes], tuple[int, Atom]] = OrderedDict()
+        self._writing: dict[Atom, int] = {}
+        self._waiting: dict[Atom, deque[tuple[_AppendCall, Write]]] = {}
 
     def submit(self, request: Request, events: Term, on_reply: OnReply, timeout_s: float) -> None:
         """Carry out an append; `events` are its events as they are to be sent (encoded or not)."""
@@ -74,6 +80,29 @@ class Appends:
                 queue[0].begin()
                 return
         del self._queues[call.key]
+
+    def may_write(self, node: Atom, call: _AppendCall, step: Write) -> bool:
+        """Take a place among the writes under way on `node`; if there is none, `step` is taken when one is free."""
+        writing = self._writing.get(node, 0)
+        if writing >= MAX_WRITES_PER_NODE:
+            self._waiting.setdefault(node, deque()).append((call, step))
+            return False
+        self._writing[node] = writing + 1
+        return True
+
+    def write_ended(self, node: Atom) -> None:
+        """A write on `node` is over: the next one that waits may begin."""
+        self._writing[node] -= 1
+        waiting = self._waiting.get(node)
+        while waiting:
+            call, step = waiting.popleft()
+            if not call.answered:
+                call.take(step)
+                break
+        if not waiting:
+            self._waiting.pop(node, None)
+        if self._writing[node] == 0:
+            del self._writing[node]
 
     def remembered(self, key: tuple[Atom, bytes]) -> tuple[int, Atom] | None:
         """The version this gateway last saw of a stream, and who its owner was."""
@@ -104,6 +133,7 @@ class _AppendCall:
         "_service",
         "_task",
         "_timer",
+        "_writing_on",
         "key",
     )
 
@@ -117,6 +147,7 @@ class _AppendCall:
         self._plan: Append
         self._avoid: set[Atom] = set()
         self._node: Atom | None = None
+        self._writing_on: Atom | None = None
         self._pending: PendingRpc | PendingCall | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -168,16 +199,19 @@ class _AppendCall:
             return
         remembered = self._appends.remembered(self.key)
         if self._is_guarded or (remembered is not None and remembered[1] is self._node):
-            self._take(self._plan.begin(guarded=self._is_guarded))
+            self.take(self._plan.begin(guarded=self._is_guarded))
         else:
             # A worker's check looks at its own node only: a new owner has to have everything first.
             self._run(self._catch_up_and_begin())
 
     def _choose_node(self) -> bool:
-        self._node = self._service.router.owner(self._store, self._stream, self._loop.time(), self._avoid)
+        """Choose who writes: the stream's owner, or who takes its place. False if there is nobody (yet)."""
+        service, now = self._service, self._loop.time()
+        unknown = {node for node in service.router.nodes(self._store) if not service.knows_way(node)}
+        self._node = service.router.owner(self._store, self._stream, now, self._avoid | unknown)
         if self._node is None and self._avoid:
             self._avoid.clear()
-            self._node = self._service.router.owner(self._store, self._stream, self._loop.time())
+            self._node = service.router.owner(self._store, self._stream, now, unknown)
         return self._node is not None
 
     @property
@@ -186,12 +220,17 @@ class _AppendCall:
 
     # Steps
 
-    def _take(self, step: Step) -> None:
+    def take(self, step: Step) -> None:
+        """Carry out the next step."""
+        if isinstance(step, Write) and self._node not in self._service.router.nodes(self._store):
+            # The node went down while this write waited for its turn.
+            self._again(step)
+            return
         match step:
             case Done():
                 self._finish(step)
-            case Write(first, again) if self._is_guarded:
-                self._write_guarded(first, again)
+            case Write() if self._is_guarded:
+                self._write_guarded(step)
             case Write(first, False):
                 self._write_by_worker(first)
             case Write(first, True) | Resolve(first):
@@ -203,19 +242,22 @@ class _AppendCall:
         remaining = self._deadline - self._loop.time()
         return max(0.0, min(remaining, ATTEMPT_S + ATTEMPT_PER_EVENT_S * len(self._request.term[-1])))
 
-    def _write_guarded(self, first: int, again: bool) -> None:
+    def _write_guarded(self, step: Write) -> None:
         node = self._node
         assert node is not None
         form = self._service.guarded_form(node)
         assert form is not None
+        if not self._appends.may_write(node, self, step):
+            return
+        self._writing_on = node
         attempt_s = self._attempt_s()
         mfa = guarded.call(
             form,
             self._store,
             self._stream,
             self._events,
-            first,
-            again=again,
+            step.first,
+            again=step.again,
             timeout_ms=max(1, round(attempt_s * 1000)),
         )
         self._service.router.breaker(node).probing(self._loop.time())
@@ -226,19 +268,25 @@ class _AppendCall:
             return
         self._plan.sent()
 
+    def _write_over(self) -> None:
+        node, self._writing_on = self._writing_on, None
+        if node is not None:
+            self._appends.write_ended(node)
+
     def _guarded_done(self, result: Term, error: ErlangException | None) -> None:
         self._pending = None
+        self._write_over()
         if self.answered:
             return
         if isinstance(error, ErlangThrow):
             match error.reason:
                 case (kind, int(last)) if kind is guarded.WRITTEN:
                     self._node_works()
-                    self._take(self._plan.written(last))
+                    self.take(self._plan.written(last))
                     return
                 case (kind, int(number), int(count)) if kind is guarded.REFUSED:
                     self._node_works()
-                    self._take(self._plan.refused(number, count))
+                    self.take(self._plan.refused(number, count))
                     return
         self._attempt_failed(error.reason if error is not None else result)
         self._again(self._plan.unknown(guarded=True))
@@ -271,7 +319,7 @@ class _AppendCall:
         self._node_works()
         match reply:
             case (schema.OK, int(version)):
-                self._take(self._plan.written(version))
+                self.take(self._plan.written(version))
             case (schema.ERROR, reason) if schema.is_wrong_expected_version(reason):
                 self._run(self._refused_by_worker())
             case _:
@@ -294,7 +342,7 @@ class _AppendCall:
         """Take `step` on another node if there is one, else on this one a little later."""
         before = self._node
         if self._choose_node() and self._node is not before:
-            self._take(step)
+            self.take(step)
         else:
             self._loop.call_later(PAUSE_S, self._paused, step)
 
@@ -302,7 +350,7 @@ class _AppendCall:
         if self.answered:
             return
         if self._choose_node():
-            self._take(step)
+            self.take(step)
         else:
             self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self._paused, step))
 
@@ -320,7 +368,7 @@ class _AppendCall:
             except (CallError, ErlangException) as error:
                 await self._elsewhere(error)
             else:
-                self._take(self._plan.version(version))
+                self.take(self._plan.version(version))
                 return
 
     async def _catch_up_and_begin(self) -> None:
@@ -330,7 +378,7 @@ class _AppendCall:
             except (CallError, ErlangException) as error:
                 await self._elsewhere(error)
             else:
-                self._take(self._plan.begin(guarded=self._is_guarded))
+                self.take(self._plan.begin(guarded=self._is_guarded))
                 return
 
     async def _refused_by_worker(self) -> None:
@@ -341,7 +389,7 @@ class _AppendCall:
             except (CallError, ErlangException) as error:
                 await self._elsewhere(error)
             else:
-                self._take(self._plan.refused_anew(version + 1))
+                self.take(self._plan.refused_anew(version + 1))
                 return
 
     async def _resolve(self, first: int) -> None:
@@ -358,7 +406,7 @@ class _AppendCall:
                 continue
             match reply:
                 case (schema.OK, list(events)):
-                    self._take(self._plan.found([event.get(schema.EVENT_ID) for event in events], version))
+                    self.take(self._plan.found([event.get(schema.EVENT_ID) for event in events], version))
                     return
                 case _:
                     await asyncio.sleep(PAUSE_S)
@@ -438,6 +486,7 @@ class _AppendCall:
         if self._pending is not None:
             self._pending.cancel()
             self._pending = None
+        self._write_over()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         if done.version is not None and self._node is not None:

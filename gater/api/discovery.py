@@ -118,9 +118,7 @@ class Discovery:
     async def _learn_store_node(self, peer: Atom) -> None:
         service = self._service
         if peer not in service.guarded_forms and service.append_mode != "worker":
-            form = await guarded.prepare(self._node, peer, ASK_TIMEOUT_S)
-            if form is not None:
-                service.guarded_forms[peer] = form
+            service.guarded_forms[peer] = await guarded.prepare(self._node, peer, ASK_TIMEOUT_S)
         entries = parse_registry(await self._call(peer, "Elixir.Swarm", "registered"))
         added, dropped = service.router.registered(peer, entries)
         for worker in added:

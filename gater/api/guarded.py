@@ -1,9 +1,9 @@
 """The guarded append: an append that the store itself makes safe.
 
 ExESDB's workers compare versions and then put, so two of them can overwrite each other's events. Khepri, on which
-ExESDB stands, can check and put in one Raft command: "only where nothing is, and only while the stream has C children". One
-`erpc` call evaluates the expression below on a store node (`erl_eval:exprs/2`: an ordinary process there, nothing is
-installed); it writes one event after the other under these conditions and stops at the first refusal. Records are made
+ExESDB stands, can check and put in one Raft command: "only where nothing is, and only while the stream has C children".
+One `erpc` call evaluates the expression below on a store node (`erl_eval:exprs/2`: an ordinary process there, nothing
+is installed); it writes one event after the other under these conditions and stops at the first refusal. Records are made
 by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides, therefore it holds against
 every writer but one that puts without conditions.
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from gater.erl.errors import ErlangException
 from gater.erl.etf import encode_term
 from gater.erl.node import Node
 from gater.erl.rpc import erpc_call
@@ -92,11 +91,8 @@ async def prepare(node: Node, peer: Atom, timeout_s: float) -> EncodedTerm | Non
         loaded = await erpc_call(node, peer, "code", "ensure_loaded", [Atom(module)], timeout_s=timeout_s)
         if loaded != (Atom("module"), Atom(module)):
             return None
-    try:
-        scanned = await erpc_call(node, peer, "erl_scan", "string", [list(SOURCE.encode())], timeout_s=timeout_s)
-        parsed = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
-    except ErlangException:
-        return None
+    scanned = await erpc_call(node, peer, "erl_scan", "string", [list(SOURCE.encode())], timeout_s=timeout_s)
+    parsed = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
     return EncodedTerm(encode_term(parsed[1]))
 
 

@@ -8,8 +8,8 @@ counts as long as any node that was asked still lists it and it has not been see
 Choice. Requests about a stream go to the stream's *owner*: of the nodes with workers of the store, the one whose hash
 with the stream is highest (rendezvous hashing), so that all gateways agree without talking, a reader sees what was
 written through any of them, and a node that comes or goes moves only its own streams. If the owner is out of order,
-the next in that order takes its place. Other requests go to the less loaded of two random workers, which is nearly as good as
-the least loaded of all and cannot make all gateways choose the same one.
+the next in that order takes its place. Other requests go to the less loaded of two random workers, which is nearly as
+good as the least loaded of all and cannot make all gateways choose the same one.
 
 A node whose requests fail `MAX_FAILURES` times in a row is left out (*open*), after a while one request is let through
 (*half-open*), and its outcome decides (a circuit breaker).

@@ -98,8 +98,8 @@ class Service:
         self.embedded = embedded
         self.registries: Registries | None = None
         self.append_mode: AppendMode = append_mode
-        self.guarded_forms: dict[Atom, EncodedTerm] = {}
-        """Store nodes that can append guarded, each with the expression it has parsed for us."""
+        self.guarded_forms: dict[Atom, EncodedTerm | None] = {}
+        """Store nodes that were asked how they append: the expression they have parsed for us, None if they cannot."""
         self.quorum: Callable[[Atom], Term | None] = lambda store: None
         """Why a store must not be written to now (the details of `no_quorum`), or None."""
         self._appends = Appends(self)
@@ -148,6 +148,13 @@ class Service:
     def guarded_form(self, node: Atom) -> EncodedTerm | None:
         """The expression for guarded appends on `node`; None if its workers' appends are to be used."""
         return None if self.append_mode == "worker" else self.guarded_forms.get(node)
+
+    def knows_way(self, node: Atom) -> bool:
+        """Whether it is known how to append on `node`. Until it is, nothing is written there: a plain append beside
+        guarded ones would undo what they promise."""
+        return self.append_mode == "worker" or (
+            node in self.guarded_forms if self.append_mode == "auto" else self.guarded_forms.get(node) is not None
+        )
 
     def write_refusal(self, store: Atom) -> Term | None:
         """The reason why nothing must be written to `store` now, or None."""
