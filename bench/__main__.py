@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,12 +27,19 @@ HEAD: Final = """\
 Written by `make bench ARGS="--write docs/benchmarks.md"`: everything below is of one run, on one machine, side by side.
 Compare within a table, not with figures of other machines or of other runs."""
 
+BUSY_LOAD: Final = 0.3
+"""A load average (1 minute) above this, before anything was started here, means that others were at work."""
+
+BUSY: Final = """\
+**The machine was busy with other work during this run.** Latencies are higher and calls/s lower than it can do, and the
+ratios may be off in either direction: who needs both cores at once suffers more. Repeat it on an idle machine before you
+quote it."""
+
 REMARKS: Final = """\
 ## How far to trust this
 
 - Callers, servers and whatever else the machine does share its cores. The load averages above say how busy it was
-  before and after: more than about 0.3 *before* means that something else was running, and every latency is too high,
-  p99 and the rows of 64 callers most of all.
+  before and after. Competition makes every latency higher, p99 and the rows of 64 callers most of all.
 - The servers are measured in turn, in short slices of a few rounds, so that a disturbance hits all of them. *Spread*
   shows what the rounds differ by nevertheless: a difference between two rows that is smaller than their spread is none.
 - *Server CPU a call* hardly depends on how busy the machine is, and says what one core of a server can do at best. It
@@ -65,9 +73,12 @@ async def make_page(args: argparse.Namespace) -> str:
         parts.append(part)
         print(part, flush=True, end="\n\n")
 
+    busy = os.getloadavg()[0] > BUSY_LOAD
     facts = [*machine.description(otp_version()), ("load averages before the run", machine.load())]
     add(HEAD)
     add(Table("Where and with what", ("what", "value"), rows=list(facts)).text())
+    if busy:
+        add(BUSY)
     async for table in measure(args):
         add(table.text())
     add(f"Load averages after the run: {machine.load()}.")
