@@ -1,11 +1,11 @@
 """The guarded append: an append that the store itself makes safe.
 
 ExESDB's workers compare versions and then put, so two of them can overwrite each other's events. Khepri, on which
-ExESDB stands, can check and put in one Raft command: "only where nothing is, and only while the stream has C children".
-One `erpc` call evaluates the expression below on a store node (`erl_eval:exprs/2`: an ordinary process there, nothing
-is installed); it writes one event after the other under these conditions and stops at the first refusal. Records are made
-by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides, therefore it holds against
-every writer but one that puts without conditions.
+ExESDB stands, can check and put in one Raft command: "only where nothing is, and only while the stream has C
+children". One `erpc` call evaluates the expression below on a store node (`erl_eval:exprs/2`: an ordinary process
+there, nothing is installed); it writes one event after the other under these conditions and stops at the first
+refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
+therefore it holds against every writer but one that puts without conditions.
 
 The result leaves the expression as a thrown term: `erl_eval` would return all bindings, the events among them.
 """

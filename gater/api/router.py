@@ -134,7 +134,12 @@ class Router:
 
     def is_known(self, store: Atom | None) -> bool:
         """Whether a worker of this store has ever been seen, or there is one that serves every store."""
-        return store in self._stores or bool(self._stores.get(ANY_STORE))
+        return store in self._stores or self.serves_all
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether there is a worker that serves every store."""
+        return bool(self._stores.get(ANY_STORE))
 
     def workers(self, store: Atom | None = None) -> list[Worker]:
         """The workers of `store`, or all of them."""

@@ -140,10 +140,23 @@ class Service:
         self._under_way += 1
         to_send = raw if raw is not None and checked.term is request else checked.term
         allowed_s = self.timeout_s if timeout_s is None else timeout_s
-        if checked.op == "append_events" and checked.term[-1] and checked.store in self.router.stores:
-            self._appends.submit(checked, events_to_send(checked.term, to_send), on_reply, allowed_s)
+        if checked.op == "append_events" and checked.term[-1] and not self.is_embedded(checked.store):
+            deadline = asyncio.get_running_loop().time() + allowed_s
+            self._append(checked, to_send, on_reply, deadline)
         else:
             _Call(self, checked, to_send, on_reply, allowed_s).begin()
+
+    def _append(
+        self, request: Request, term: Term, on_reply: OnReply, deadline: float, *, refreshed: bool = False
+    ) -> None:
+        """An append to a store of the cluster, or by way of another gateway where no store node is connected."""
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        if request.store in self.router.stores or (refreshed and not self.router.serves_all):
+            self._appends.submit(request, events_to_send(request.term, term), on_reply, left_s)
+        elif self.router.serves_all:
+            _Call(self, request, term, on_reply, left_s).begin()
+        else:
+            self.refresh(lambda: self._append(request, term, on_reply, deadline, refreshed=True))
 
     def guarded_form(self, node: Atom) -> EncodedTerm | None:
         """The expression for guarded appends on `node`; None if its workers' appends are to be used."""
