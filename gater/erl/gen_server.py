@@ -217,6 +217,8 @@ async def start_server(
 ) -> GenServer:
     """Start `server` as a process of `node`, registered as `name` if one is given; returns once `init` is done.
 
+    Messages that come during `init` wait for it.
+
     Raises `NodeError` if the name is taken, and whatever `init` raises.
     """
     process = spawn_server(node, server, name=name)
@@ -225,7 +227,9 @@ async def start_server(
     try:
         begun = server.init()
         if begun is not None:
+            process.hold()
             await begun
+            process.release()
     except BaseException as error:
         process.exit((Atom("init_failed"), str(error).encode()))
         raise

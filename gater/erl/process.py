@@ -226,7 +226,6 @@ class Process:
         self._task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._busy = False
         self._task = None
         if not self.alive:
             if not task.cancelled():
@@ -238,7 +237,17 @@ class Process:
         error = task.exception()
         if error is not None:
             self._failed(error)
-        elif self._mailbox and not self.scheduled:
+        else:
+            self.release()
+
+    def hold(self) -> None:
+        """Let messages wait until `release`: the process is not ready for them yet."""
+        self._busy = True
+
+    def release(self) -> None:
+        """Handle the messages that wait since `hold`, and those that come."""
+        self._busy = False
+        if self._mailbox and self.alive and not self.scheduled:
             self.scheduled = True
             self.node.schedule(self)
 

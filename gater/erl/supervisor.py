@@ -16,9 +16,9 @@ from typing import Final, Literal, TypeAlias
 import structlog
 
 from gater.erl.errors import NodeError
-from gater.erl.gen_server import GenServer
+from gater.erl.gen_server import Caller, GenServer
 from gater.erl.process import EXIT, SHUTDOWN, Stop, described, is_failure
-from gater.erl.terms import Term
+from gater.erl.terms import Atom, Term
 
 Strategy: TypeAlias = Literal["one_for_one", "one_for_all", "rest_for_one"]
 Restart: TypeAlias = Literal["permanent", "transient", "temporary"]
@@ -86,6 +86,28 @@ class Supervisor(GenServer):
         self._running[spec.id] = server
         self.process.link(server.process.pid)
         return server
+
+    def handle_call(self, request: Term, caller: Caller) -> Term:
+        """`supervisor:which_children/1` and `count_children/1`; whatever else may be asked changes nothing here."""
+        match request:
+            case Atom(name="which_children"):
+                return [self._described(spec) for spec in reversed(self._specs)]
+            case Atom(name="count_children"):
+                supervisors = sum(isinstance(each, Supervisor) for each in self._running.values())
+                return [
+                    (Atom("specs"), len(self._specs)),
+                    (Atom("active"), len(self._running)),
+                    (Atom("supervisors"), supervisors),
+                    (Atom("workers"), len(self._specs) - supervisors),
+                ]
+        return (Atom("error"), Atom("not_supported"))
+
+    def _described(self, spec: ChildSpec) -> Term:
+        """`{Id, Child, Type, Modules}`."""
+        server = self._running.get(spec.id)
+        kind = Atom("supervisor" if isinstance(server, Supervisor) else "worker")
+        child = Atom("restarting") if server is None else server.process.pid
+        return (spec.id.encode(), child, kind, [Atom(type(server).__name__)] if server is not None else [])
 
     async def handle_info(self, message: Term) -> None:
         if type(message) is not tuple or len(message) != 3 or message[0] is not EXIT:

@@ -1,0 +1,268 @@
+"""GenServers, and calls to them: within a node and from another."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+
+import pytest
+from node_kit import Collector, Counter, running, two_nodes, unique_name, wait_until
+
+from gater.erl import Node, NodeOptions
+from gater.erl.errors import CallTimeout, ConnectionLost, EncodeError, NoProcess, ProcessDied
+from gater.erl.gen_server import OK, SYSTEM, GenServer, PendingCall, call, cast, spawn_server, start_server, stop
+from gater.erl.process import NORMAL, SHUTDOWN
+from gater.erl.terms import Atom, EncodedTerm, Term
+
+ADD, GET, LATER, NEVER, CRASH, SLOW, ECHO = map(Atom, ("add", "get", "later", "never", "crash", "slow", "echo"))
+
+
+@pytest.fixture(params=["same node", "two nodes"])
+async def places(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Node, Node]]:
+    """The caller's node and the server's."""
+    async with two_nodes() as (one, two):
+        if request.param == "two nodes":
+            await one.connect(two.name)
+            yield one, two
+        else:
+            yield one, one
+
+
+@pytest.fixture
+async def server(places: tuple[Node, Node]) -> Counter:
+    counter = Counter()
+    await start_server(places[1], counter, name="counter")
+    return counter
+
+
+def nothing_left(node: Node) -> bool:
+    """Whether no alias and no monitor of a call is open."""
+    return not node._aliases and not any(connection.monitors for connection in node.peers.table.values())
+
+
+async def test_a_call_is_answered_by_pid_and_by_name(places: tuple[Node, Node], server: Counter) -> None:
+    caller, home = places
+    assert await call(caller, server.pid, (ADD, 2)) == 2
+    assert await call(caller, (Atom("counter"), home.name), (ADD, 3)) == 5
+    assert await call(caller, ("counter", str(home.name)), GET) == 5
+    assert await call(caller, server.pid, SLOW) == 5
+    assert nothing_left(caller)
+    await wait_until(lambda: not server.process.monitored_by)
+
+
+async def test_a_cast_and_a_plain_message_reach_their_callbacks(places: tuple[Node, Node], server: Counter) -> None:
+    cast(places[0], server.pid, 4)
+    places[0].send(server.pid, Atom("info"))
+    assert await call(places[0], server.pid, GET) == 4
+    assert server.infos == [Atom("info")]
+
+
+async def test_a_call_can_be_answered_later_and_out_of_order(places: tuple[Node, Node], server: Counter) -> None:
+    first, second = (asyncio.create_task(call(places[0], server.pid, LATER)) for _ in range(2))
+    await wait_until(lambda: len(server.waiting) == 2)
+    server.reply(server.waiting[1], 2)
+    server.reply(server.waiting[0], 1)
+    assert [await first, await second] == [1, 2]
+
+
+async def test_calls_while_a_handler_waits_are_answered_in_order(places: tuple[Node, Node], server: Counter) -> None:
+    answers = await asyncio.gather(
+        *(call(places[0], server.pid, request) for request in (SLOW, (ADD, 1), SLOW, (ADD, 1), SLOW))
+    )
+    assert answers == [0, 1, 1, 2, 2]
+
+
+async def test_a_crash_gives_the_reason_and_a_stack(places: tuple[Node, Node], server: Counter) -> None:
+    with pytest.raises(ProcessDied) as died:
+        await call(places[0], server.pid, CRASH)
+    (kind, python_type, text), stack = died.value.reason
+    assert (kind, python_type, text) == (Atom("python_error"), b"ValueError", b"crashed on request")
+    assert stack[0][1] is Atom("handle_call")
+    assert server.ended_with == died.value.reason
+    assert nothing_left(places[0])
+
+
+async def test_an_unknown_server_is_noproc_at_once(places: tuple[Node, Node]) -> None:
+    with pytest.raises(NoProcess, match="no process nobody"):
+        await call(places[0], (Atom("nobody"), places[1].name), GET, timeout_s=None)
+    assert nothing_left(places[0])
+
+
+async def test_an_unknown_node_is_a_lost_connection() -> None:
+    async with running(unique_name()) as (node,):
+        with pytest.raises(ConnectionLost) as lost:
+            await call(node, (Atom("server"), Atom("nobody@127.0.0.1")), GET)
+        assert lost.value.reason == (Atom("nodedown"), Atom("nobody@127.0.0.1"))
+
+
+async def test_a_broken_connection_ends_the_call() -> None:
+    async with two_nodes() as (one, two):
+        server = Counter()
+        await start_server(two, server)
+        pending = asyncio.create_task(call(one, server.pid, LATER, timeout_s=None))
+        await wait_until(lambda: server.waiting)
+        two.disconnect(one.name)
+        with pytest.raises(ConnectionLost):
+            await pending
+        assert nothing_left(one)
+
+
+async def test_a_call_times_out_and_its_late_answer_goes_nowhere(places: tuple[Node, Node], server: Counter) -> None:
+    with pytest.raises(CallTimeout, match=r"did not answer within 0\.01 s"):
+        await call(places[0], server.pid, LATER, timeout_s=0.01)
+    assert nothing_left(places[0])
+    server.reply(server.waiting[0], "late")
+    assert await call(places[0], server.pid, GET) == 0
+
+
+async def test_a_cancelled_call_leaves_nothing(places: tuple[Node, Node], server: Counter) -> None:
+    pending = asyncio.create_task(call(places[0], server.pid, LATER))
+    await wait_until(lambda: server.waiting)
+    pending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pending
+    assert nothing_left(places[0])
+    await wait_until(lambda: not server.process.monitored_by)
+
+
+async def test_a_request_that_is_no_term_leaves_nothing() -> None:
+    async with two_nodes() as (one, two):
+        server = Counter()
+        await start_server(two, server)
+        await one.connect(two.name)
+        with pytest.raises(EncodeError):
+            await call(one, server.pid, object())
+        assert nothing_left(one)
+        assert await call(one, server.pid, GET) == 0
+
+
+async def test_many_concurrent_callers_get_their_own_answers(places: tuple[Node, Node], server: Counter) -> None:
+    answers = await asyncio.gather(*(call(places[0], server.pid, (ECHO, number)) for number in range(1000)))
+    assert answers == list(range(1000))
+    assert nothing_left(places[0])
+
+
+async def test_calls_leave_no_memory_behind() -> None:
+    async with two_nodes() as (one, two):
+        server = Counter()
+        await start_server(two, server)
+
+        async def round_of_calls() -> int:
+            await asyncio.gather(*(call(one, server.pid, (ECHO, b"x")) for _ in range(300)))
+            await wait_until(lambda: not server.process.monitored_by)
+            gc.collect()
+            return len(gc.get_objects())
+
+        await round_of_calls()
+        before = await round_of_calls()
+        for _ in range(3):
+            after = await round_of_calls()
+        assert after - before < 100
+        (connection,) = two.peers.table.values()
+        assert not connection.watched
+
+
+async def test_a_large_answer_can_stay_encoded(places: tuple[Node, Node], server: Counter) -> None:
+    answer = await call(places[0], server.pid, (ECHO, (OK, [1, 2, 3])), spine_levels=1)
+    if places[0] is places[1]:
+        assert answer == (OK, [1, 2, 3])
+    else:
+        assert answer[0] is OK
+        assert isinstance(answer[1], EncodedTerm)
+
+
+async def test_one_callback_reports_the_end_of_a_pending_call(server: Counter, places: tuple[Node, Node]) -> None:
+    ends: list[object] = []
+    pending = PendingCall(places[0], server.pid, GET, lambda reply, error: ends.append((reply, error)))
+    await wait_until(lambda: ends)
+    pending.fail(NoProcess(Atom("noproc")))
+    pending.cancel()
+    assert ends == [(0, None)]
+
+
+async def test_an_unexpected_request_stops_a_plain_server() -> None:
+    async with running(unique_name()) as (node,):
+        server = GenServer()
+        spawn_server(node, server)
+        with pytest.raises(ProcessDied) as died:
+            await call(node, server.pid, GET)
+        assert died.value.reason == (Atom("bad_call"), GET)
+
+
+async def test_a_failing_init_frees_the_name() -> None:
+    class Failing(GenServer):
+        async def init(self) -> None:
+            raise RuntimeError("no")
+
+    async with running(unique_name()) as (node,):
+        with pytest.raises(RuntimeError, match="no"):
+            await start_server(node, Failing(), name="failing")
+        assert node.whereis("failing") is None
+
+
+async def test_messages_sent_during_a_slow_init_wait_for_it() -> None:
+    class Slow(Counter):
+        async def init(self) -> None:
+            await asyncio.sleep(0.01)
+            self.value = 7
+
+    async with running(unique_name()) as (node,):
+        starting = asyncio.create_task(start_server(node, Slow(), name="slow"))
+        await wait_until(lambda: node.whereis("slow"))
+        assert await call(node, "slow", GET) == 7
+        await starting
+
+
+async def test_stop_ends_a_server_with_the_reason_given(places: tuple[Node, Node], server: Counter) -> None:
+    await stop(places[0], server.pid, SHUTDOWN)
+    assert server.ended_with is SHUTDOWN
+    with pytest.raises(NoProcess):
+        await stop(places[0], server.pid, NORMAL)
+
+
+async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Counter) -> None:
+    async def sys_request(request: Term) -> Term:
+        me = Collector(places[0])
+        tag = places[0].make_reference()
+        me.process.send(server.pid, (SYSTEM, (me.process.pid, tag), request))
+        answer = await me.next()
+        assert answer[0] == tag
+        return answer[1]
+
+    await call(places[0], server.pid, (ADD, 3))
+    assert await sys_request(Atom("get_state")) == (OK, 3)
+    status = await sys_request(Atom("get_status"))
+    assert status[:3] == (Atom("status"), server.pid, (Atom("module"), Atom("gen_server")))
+    assert status[3][1] is Atom("running")
+    assert await sys_request(Atom("suspend")) is OK
+    cast(places[0], server.pid, 1)
+    pending = asyncio.create_task(call(places[0], server.pid, (ADD, 1)))
+    assert (await sys_request(Atom("get_status")))[3][1] is Atom("suspended")
+    assert await sys_request(Atom("get_state")) == (OK, 3)
+    assert await sys_request(Atom("resume")) is OK
+    assert await pending == 5
+    assert await sys_request((Atom("replace_state"), None)) == (
+        Atom("error"),
+        (Atom("unsupported"), b"the state of a Python server is not an Erlang term"),
+    )
+    assert (await sys_request(Atom("nonsense")))[0] is Atom("error")
+    assert await sys_request((Atom("terminate"), SHUTDOWN)) is OK
+    await wait_until(lambda: server.ended_with is SHUTDOWN)
+
+
+async def test_a_timer_of_a_server_is_an_info(server: Counter) -> None:
+    server.cast_after(0.001, "tick")
+    await wait_until(lambda: server.infos == ["tick"])
+
+
+async def test_a_busy_process_does_not_hold_up_others() -> None:
+    async with two_nodes(NodeOptions()) as (one, two):
+        server = Counter()
+        await start_server(two, server)
+        for _ in range(20_000):
+            cast(one, server.pid, 1)
+        other = Counter()
+        await start_server(two, other)
+        assert await call(one, other.pid, GET) == 0
+        assert await call(one, server.pid, GET) == 20_000
