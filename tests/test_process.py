@@ -351,7 +351,7 @@ async def test_an_exit_cancels_the_handler_that_runs(node: Node) -> None:
 
     process = node.spawn_receiver(_Handler(slow))
     node.send(process.pid, 1)
-    await wait_until(lambda: process._task)
+    await wait_until(lambda: process._task is not None)
     await asyncio.sleep(0)
     process.exit(OOPS)
     async with asyncio.timeout(5):
