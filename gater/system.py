@@ -20,6 +20,7 @@ from gater.api.discovery import Discovery
 from gater.api.server import API_MODULE, ApiServer, export_api
 from gater.api.service import Service
 from gater.cluster.connector import Connector
+from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.strategy import StaticList, Strategy
 from gater.erl import NodeOptions, make_node
 from gater.erl.gen_server import start_server
@@ -61,7 +62,7 @@ class System:
         )
         self.discovery = Discovery(self.service)
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
-        self.strategies: list[Strategy] = [StaticList(settings.connect)] if settings.connect else []
+        self.strategies = _strategies(settings)
         self._supervisor = Supervisor([ChildSpec("api", self._start_api)])
 
     async def start(self) -> None:
@@ -106,6 +107,22 @@ class System:
         await self.node.stop()
         if self.stores is not None:
             await self.stores.close()
+
+
+def _strategies(settings: Settings) -> list[Strategy]:
+    strategies: list[Strategy] = []
+    if settings.connect:
+        strategies.append(StaticList(settings.connect))
+    if settings.gossip:
+        options = GossipOptions(
+            port=settings.gossip_port,
+            bind=settings.gossip_bind,
+            address=settings.gossip_multicast_addr,
+            multicast_if=settings.gossip_multicast_if,
+            secret=settings.gossip_secret,
+        )
+        strategies.append(Gossip(settings.name, options))
+    return strategies
 
 
 def _open_stores(settings: Settings) -> EmbeddedStores | None:
