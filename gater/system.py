@@ -1,7 +1,7 @@
 """The running gateway: what is started, in which order, and how it ends.
 
-Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> API server,
-supervised -> connections to the nodes that were named. From the line `NAME is up` on, requests are taken.
+Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> API
+server, supervised -> connections to the nodes that were named. From the line `NAME is up` on, requests are taken.
 Stop (SIGTERM, SIGINT): new requests are refused with `:draining`, those under way are answered, then everything is
 closed in reverse order.
 """
