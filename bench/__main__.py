@@ -32,8 +32,8 @@ BUSY_LOAD: Final = 0.3
 
 BUSY: Final = """\
 **The machine was busy with other work during this run.** Latencies are higher and calls/s lower than it can do, and the
-ratios may be off in either direction: who needs both cores at once suffers more. Repeat it on an idle machine before you
-quote it."""
+ratios may be off in either direction: who needs both cores at once suffers more. Repeat it on an idle machine before
+you quote it."""
 
 REMARKS: Final = """\
 ## How far to trust this
