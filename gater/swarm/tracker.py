@@ -448,6 +448,7 @@ class Tracker:
         self._retries.pop(node, None)
         member = self._members[node] = _Member(is_gater, self._now)
         self.strategy.add_node(node)
+        self._contest_again()
         if self.state is not State.CLUSTER_WAIT:
             self.placement.topology_change()
         return member
@@ -463,6 +464,7 @@ class Tracker:
                 self._not_yet(node)
         elif is_gater and not member.gater:
             member.gater = True
+            self._contest_again()
             pending = self._pending_sync_reqs.pop(node, None)
             if pending is not None:
                 self._answer(node, pending.sender, pending.clock)
@@ -486,6 +488,7 @@ class Tracker:
         if self._members.pop(node, None) is not None:
             self._note("nodedown", node=node)
             self.strategy.remove_node(node)
+            self._contest_again()
         self._add_job(_Purge(node, self._claims.on_node(node)))
         self.placement.topology_change()
 
@@ -1002,6 +1005,11 @@ class Tracker:
                 clock = self._event(reduce(itc.join, [itc.peek(rival.clock) for rival in rivals], clock))
             ours = self._update(ours, ours.meta, clock)
             self._broadcast(ours.clock, Track(name, ours.pid, ours.meta))
+
+    def _contest_again(self) -> None:
+        """Who is a member, and of which kind, has changed, and `_better` with it."""
+        for entry in self._claims.contested():
+            self._contest(entry.name)
 
     def _better(self, one: Entry, other: Entry) -> bool:
         """Which of two claims to a name shows: the same on every member once it has heard the same."""
