@@ -21,7 +21,7 @@ STOP_TIMEOUT_S: Final = 40.0
 
 
 class GaterProcess:
-    """`gater start` with a name, cookie, EPMD port and home directory of its own. No gossip unless `arguments` say so."""
+    """`gater start` with name, cookie, EPMD port and home directory of its own; no gossip unless `arguments` say so."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """gater: a gateway to ExESDB that is an Erlang node written in Python.
 
-    from gater import Gateway, NewEvent
+from gater import Gateway, NewEvent
 
-    async with Gateway.connect("gater@127.0.0.1", cookie="gater") as gateway:
-        await gateway.append_events("ex_esdb_store", "order-1", NewEvent("placed:v1", {"total": 12}))
+async with Gateway.connect("gater@127.0.0.1", cookie="gater") as gateway:
+    await gateway.append_events("ex_esdb_store", "order-1", NewEvent("placed:v1", {"total": 12}))
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ DEFAULT_STORE: Final = "ex_esdb_store"
 DEFAULT_EMBEDDED_DIR: Final = Path("gater-data")
 DEFAULT_POOL_SIZE: Final = 10
 DEFAULT_CALL_TIMEOUT_MS: Final = 4_500
-"""An Elixir caller that gave no timeout gives up after 5,000 (`gen_server:call/2`): the answer has to be there before."""
+"""An Elixir caller that gave no timeout gives up after 5,000 (`gen_server:call/2`): the answer comes before."""
 
 DEFAULT_MAX_REQUESTS: Final = 10_000
 """Requests under way at once. At 1 ms each that is ten seconds of work: more would only be answered too late."""
