@@ -1,9 +1,11 @@
 """gater: a gateway to ExESDB that is an Erlang node written in Python.
 
-from gater import Gateway, NewEvent
+The client, for example:
 
-async with Gateway.connect("gater@127.0.0.1", cookie="gater") as gateway:
-    await gateway.append_events("ex_esdb_store", "order-1", NewEvent("placed:v1", {"total": 12}))
+    from gater import Gateway, NewEvent
+
+    async with Gateway.connect("gater@127.0.0.1", cookie="gater") as gateway:
+        await gateway.append_events("ex_esdb_store", "order-1", NewEvent("placed:v1", {"total": 12}))
 """
 
 from __future__ import annotations
