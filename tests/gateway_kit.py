@@ -156,9 +156,9 @@ class Held:
 class StoreNode:
     """One node of a `Cluster`."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, name: str | None = None) -> None:
         self.cluster = cluster
-        self.node = make_node(unique_name("store"), cookie=COOKIE, options=cluster.options)
+        self.node = make_node(name or unique_name("store"), cookie=COOKIE, options=cluster.options)
         self.node.add_application("ex_esdb", "event store", "0.11.0")
         self.node.exports.add("Elixir.Swarm", "registered", self._registered)
         if cluster.khepri:

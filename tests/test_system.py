@@ -1,0 +1,165 @@
+"""The gateway as a whole: starting, the order of things, restarts of its parts, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from gateway_kit import (
+    STORE,
+    Held,
+    caller_node,
+    connected,
+    event,
+    function_door,
+    gateway,
+    open_cluster,
+    server_door,
+)
+from node_kit import COOKIE, free_port, unique_name, wait_until
+
+from gater.api import schema
+from gater.api.server import API_MODULE
+from gater.erl.errors import NodeError
+from gater.erl.rpc import erpc_call
+from gater.erl.terms import Atom
+from gater.errors import SettingsError, StoreError
+from gater.settings import Settings
+from gater.system import System
+
+OK = schema.OK
+
+
+def settings(**given: object) -> Settings:
+    chosen: dict[str, object] = {
+        "name": unique_name("gater"),
+        "cookie": COOKIE,
+        "gossip": False,
+        "http_port": free_port(),
+    }
+    return Settings(**(chosen | given))  # type: ignore[arg-type]
+
+
+async def test_a_gateway_says_what_it_runs_and_is_a_hidden_node(tmp_path: Path) -> None:
+    async with gateway(embedded=tmp_path / "data") as system, caller_node(system.settings.epmd_port) as caller:
+        applications = await erpc_call(caller, system.node.name, "application", "which_applications")
+        names = [str(each[0]) for each in applications]
+        assert "gater" in names
+        assert "ex_esdb" not in names
+        # What Swarm and ExESDB would take for one of theirs.
+        assert "swarm" not in names
+        assert await erpc_call(caller, system.node.name, "erlang", "whereis", [Atom(API_MODULE)])
+
+
+async def test_requests_are_taken_as_soon_as_start_has_returned(tmp_path: Path) -> None:
+    async with gateway(embedded=tmp_path / "data") as system, caller_node(system.settings.epmd_port) as caller:
+        for ask in (server_door(caller, system), function_door(caller, system)):
+            assert await ask("get_version", STORE, b"s") == (OK, -1)
+
+
+async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
+    for version in range(3):
+        async with gateway(embedded=tmp_path / "data") as system, caller_node(system.settings.epmd_port) as caller:
+            ask = server_door(caller, system)
+            assert await ask("append_events", STORE, b"s", [event(version).to_term()]) == (OK, version)
+
+
+async def test_the_api_server_is_started_again_when_it_has_crashed(tmp_path: Path) -> None:
+    async with gateway(embedded=tmp_path / "data") as system, caller_node(system.settings.epmd_port) as caller:
+        ask = server_door(caller, system)
+        for _ in range(3):
+            server = system.node.whereis(API_MODULE)
+            assert server is not None
+            server.exit(Atom("crashed"))
+            await wait_until(lambda: system.node.whereis(API_MODULE), "the next API server")
+            assert await ask("get_version", STORE, b"s") == (OK, -1)
+
+
+async def test_a_request_whose_server_crashes_is_answered_all_the_same(tmp_path: Path) -> None:
+    async with (
+        open_cluster(tmp_path) as cluster,
+        gateway(cluster) as system,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(system, cluster)
+        held = Held()
+        cluster.always(held, "get_streams")
+        by_function = asyncio.create_task(function_door(caller, system)("get_streams", STORE))
+        await held.arrived()
+        server = system.node.whereis(API_MODULE)
+        assert server is not None
+        server.exit(Atom("crashed"))
+        held.release()
+        assert await by_function == (OK, [])
+        assert system.service.under_way == 0
+
+
+async def test_a_stopping_gateway_answers_what_is_under_way(tmp_path: Path) -> None:
+    async with open_cluster(tmp_path) as cluster, caller_node(cluster.epmd_port) as caller:
+        async with gateway(cluster, drain_timeout_ms=5_000) as system:
+            await connected(system, cluster)
+            held = Held()
+            cluster.always(held, "get_streams")
+            waiting = asyncio.create_task(server_door(caller, system)("get_streams", STORE))
+            await held.arrived()
+            asyncio.get_running_loop().call_later(0.05, held.release)
+        assert await waiting == (OK, [])
+
+
+async def test_a_gateway_that_is_stopped_frees_its_name_and_its_store(tmp_path: Path) -> None:
+    async with gateway(embedded=tmp_path / "data") as first:
+        name, port = first.settings.name, first.settings.epmd_port
+    async with gateway(embedded=tmp_path / "data", name=name, epmd_port=port) as second:
+        assert second.settings.name == name
+
+
+async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
+    async with gateway() as running:
+        taken = running.settings
+        system = System(settings(name=taken.name, epmd_port=taken.epmd_port, embedded=tmp_path / "data"))
+        with pytest.raises(NodeError, match="name"):
+            await system.start()
+        # The directory can be used by another one.
+        async with gateway(embedded=tmp_path / "data"):
+            pass
+
+
+async def test_a_store_directory_in_use_is_refused(tmp_path: Path) -> None:
+    async with gateway(embedded=tmp_path / "data"):
+        with pytest.raises(StoreError, match="in use"):
+            System(settings(embedded=tmp_path / "data"))
+
+
+async def test_a_gateway_without_a_cookie_does_not_start() -> None:
+    with pytest.raises(SettingsError, match="cookie"):
+        System(settings(cookie=""))
+
+
+async def test_a_gateway_reconnects_to_a_node_that_was_named(tmp_path: Path) -> None:
+    async with (
+        open_cluster(tmp_path, 2) as cluster,
+        gateway(cluster) as system,
+    ):
+        await connected(system, cluster)
+        for name in cluster.names:
+            system.node.disconnect(name)
+        assert system.node.nodes() == []
+        await connected(system, cluster)
+
+
+async def test_two_gateways_serve_one_cluster(tmp_path: Path) -> None:
+    async with (
+        open_cluster(tmp_path, 2, khepri=True) as cluster,
+        gateway(cluster) as one,
+        gateway(cluster) as two,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(one, cluster)
+        await connected(two, cluster)
+        asks = [server_door(caller, one), server_door(caller, two)]
+        events = [[event(number).to_term()] for number in range(20)]
+        replies = await asyncio.gather(
+            *(asks[number % 2]("append_events", STORE, b"s", events[number]) for number in range(20))
+        )
+        assert sorted(version for _, version in replies) == list(range(20))
