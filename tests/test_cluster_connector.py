@@ -363,10 +363,11 @@ async def test_a_stopped_connector_tries_nobody() -> None:
     connector.want(PEER, "static", forever=True)
     await eventually(lambda: node.calls, "an attempt")
     connector.stop()
-    await eventually(lambda: node.at_once == 0, "the attempt is given up")
+    await eventually(lambda: node.at_once == 0 and not connector._tasks, "the attempt is given up")
     calls = node.calls
     connector.want("other@127.0.0.1", "static", forever=True)
-    await asyncio.sleep(0.05)
+    assert connector._timer is None
+    assert not connector._tasks
     assert node.calls == calls
 
 

@@ -60,7 +60,7 @@ class Cluster:
         self.state = ClusterState()
         self.now = 0.0
         self.applications: dict[Atom, Term] = dict.fromkeys(nodes, RUNNING)
-        self.leader: dict[Atom, Term] = dict.fromkeys(nodes, (STORE, nodes[0]))
+        self.leader: dict[Atom, Term] = dict.fromkeys(nodes, (STORE, *nodes[:1]))
         self.members: dict[Atom, Iterable[Atom]] = dict.fromkeys(nodes, nodes)
         self.silent: set[Atom] = set()
         self.effects: list[Effect] = []

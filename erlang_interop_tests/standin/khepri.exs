@@ -10,6 +10,8 @@ defmodule :khepri do
 
   @timeout_ms 5_000
 
+  def get_store_ids, do: StandIn.options().stores
+
   def put(store, pattern, data, options \\ %{}) do
     StandIn.around_append(pattern, fn -> command(store, {:put, pattern, data}, options) end)
   end
