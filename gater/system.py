@@ -21,11 +21,12 @@ from gater.api.server import API_MODULE, ApiServer, export_api
 from gater.api.service import Service
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
+from gater.cluster.monitor import ClusterMonitor
 from gater.cluster.strategy import StaticList, Strategy
 from gater.erl import NodeOptions, make_node
 from gater.erl.gen_server import start_server
 from gater.erl.supervisor import ChildSpec, Supervisor
-from gater.erl.terms import Atom
+from gater.erl.terms import Atom, Term
 from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
 
@@ -63,6 +64,10 @@ class System:
         self.discovery = Discovery(self.service)
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.strategies = _strategies(settings)
+        self.monitor = ClusterMonitor(
+            self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
+        )
+        self.service.quorum = self._no_quorum
         self._supervisor = Supervisor([ChildSpec("api", self._start_api)])
 
     async def start(self) -> None:
@@ -79,6 +84,7 @@ class System:
             raise
         self.discovery.start()
         self.connector.start()
+        self.monitor.start()
         for strategy in self.strategies:
             await strategy.start(self.connector)
         log.info("gateway_up", node=self.settings.name, stores=self._store_names(), port=self.node.listen_port)
@@ -87,6 +93,17 @@ class System:
         server = ApiServer(self.service)
         await start_server(self.node, server, name=API_MODULE)
         return server
+
+    def _no_quorum(self, store: Atom) -> Term | None:
+        """The split-brain guard: what `{:error, {:no_quorum, details}}` says, or None while all is well."""
+        status = self.monitor.store(store)
+        if status is None or status.problem is None:
+            return None
+        return {
+            Atom("problem"): Atom(status.problem),
+            Atom("members"): list(status.members),
+            Atom("reachable"): list(status.reachable),
+        }
 
     def _store_names(self) -> list[str]:
         return [str(store) for store in self.stores.store_ids] if self.stores is not None else []
@@ -98,6 +115,7 @@ class System:
             log.warning("drain_incomplete", requests=self.service.under_way, after_s=limit_s)
         for strategy in self.strategies:
             await strategy.stop()
+        self.monitor.stop()
         self.connector.stop()
         self.discovery.stop()
         await self._close()
