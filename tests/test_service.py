@@ -341,7 +341,7 @@ async def test_requests_about_a_stream_go_to_one_node_whichever_gateway_they_com
     ):
         await connected(other, house.cluster)
         asks = [house.ask, server_door(house.caller, other)]
-        for number in range(12):
+        for number in range(50):
             stream = b"stream-%d" % number
             before = len(house.cluster.requests)
             for ask in asks:
