@@ -472,9 +472,6 @@ def open_socket(options: GossipOptions) -> socket.socket:
         if options.multicast:
             opened.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, options.ttl)
             opened.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
-            if options.multicast_if is not None:
-                interface = socket.inet_aton(options.multicast_if)
-                opened.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
             join(opened, options)
     except BaseException:
         opened.close()
@@ -483,11 +480,14 @@ def open_socket(options: GossipOptions) -> socket.socket:
 
 
 def join(opened: socket.socket, options: GossipOptions) -> None:
-    """Join the multicast group; nothing happens where it is joined already. Raises `OSError`.
+    """Join the multicast group, if it is not joined already, and send from the same interface. Raises `OSError`.
 
-    Called at each heartbeat: an interface that went away and came back has forgotten who had joined on it.
+    Called at each heartbeat: an interface that went away and came back has forgotten who had joined on it, and a socket
+    that sends from an interface means the one that there was, not the one that has its address now.
     """
     interface = socket.inet_aton(options.multicast_if or "0.0.0.0")
+    if options.multicast_if is not None:
+        opened.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
     try:
         opened.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(options.address) + interface)
     except OSError as error:
