@@ -47,16 +47,26 @@ class Claims:
         waiting = self._waiting_names.get(pid)
         return shown if waiting is None else shown + [self._waiting[key][pid] for key in waiting]
 
-    def on_node(self, node: Atom) -> list[Entry]:
-        """Every claim of a process on `node`."""
-        waiting = [
-            self._waiting[key][pid] for pid, keys in self._waiting_names.items() if pid.node is node for key in keys
-        ]
-        return self.registry.on_node(node) + waiting
+    def pids_on_node(self, node: Atom) -> list[Pid]:
+        """The processes of `node` that have a claim."""
+        pids = self.registry.pids_on_node(node)
+        if self._waiting_names:
+            pids += [pid for pid in self._waiting_names if pid.node is node and not self.registry.by_pid(pid)]
+        return pids
+
+    @property
+    def peaceful(self) -> bool:
+        """Nobody claims what somebody else has."""
+        return not self._waiting
 
     def contested(self) -> list[Entry]:
         """The claims that wait behind a better one."""
         return [entry for entries in self._waiting.values() for entry in entries.values()]
+
+    def put_first(self, entry: Entry) -> None:
+        """Add a claim to a name that nobody has: `put` without looking."""
+        self.registry.put(entry)
+        self._changed(entry.name, None, entry)
 
     def put(self, entry: Entry) -> None:
         """Add a claim, or replace the one that this process has to this name."""
@@ -87,6 +97,8 @@ class Claims:
 
     def rank(self, name: Term) -> None:
         """Show the best claim to `name`, after something that `better` depends on has changed."""
+        if not self._waiting:
+            return
         waiting = self._waiting.get(name_key(name))
         if not waiting:
             return

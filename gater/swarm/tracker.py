@@ -55,7 +55,7 @@ import random
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import reduce
 from typing import Final
@@ -139,8 +139,8 @@ VERIFY_AFTER_S: Final = 2.0
 RESYNC_SPACING_S: Final = 5.0
 """Rumours make us ask one member at most this often: an answer is its whole registry."""
 
-MERGE_CHUNK: Final = 1_000
-"""How many entries to merge before other work gets its turn: some 10 ms."""
+MERGE_CHUNK: Final = 500
+"""How many entries to merge before other work gets its turn: some 5 ms."""
 
 MAX_NAMES: Final = 5_000_000
 """The largest registry: 2 GB of ours. Members can name anything, so without a limit they could fill our memory."""
@@ -224,21 +224,22 @@ class _Merge:
 
     node: Atom
     message: SyncRecv | SyncAck
+    entries: list[Term]
+    """What is left of it, the next one last: taken out one by one, for freeing 10^5 terms at once is a pause too."""
     started: float
     ours: bool
     """It is the answer we are waiting for in `syncing`."""
-    position: int = 0
     listed: set[Term] = field(default_factory=set)
     stale: dict[Pid, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Purge:
-    """The names of a node that is down, being dropped."""
+    """The names of a node that is down, or (after a merge) those that the node does not list, being dropped."""
 
     node: Atom
-    entries: list[Entry]
-    position: int = 0
+    pids: list[Pid]
+    merged: _Merge | None = None
 
 
 class Tracker:
@@ -481,7 +482,7 @@ class Tracker:
         self._retries.pop(node, None)
         self._pending_sync_reqs.pop(node, None)
         self._awaiting.pop(node, None)
-        self._jobs = deque(job for job in self._jobs if job.node is not node or isinstance(job, _Purge))
+        self._jobs = deque(job for job in self._jobs if job.node is not node)
         self._held.pop(node, None)
         if self._sync_node is node:
             self._sync_node = self._sync_deadline = None
@@ -489,7 +490,7 @@ class Tracker:
             self._note("nodedown", node=node)
             self.strategy.remove_node(node)
             self._contest_again()
-        self._add_job(_Purge(node, self._claims.on_node(node)))
+        self._add_job(_Purge(node, self._claims.pids_on_node(node)))
         self.placement.topology_change()
 
     def _tracker_down(self, node: Atom) -> None:
@@ -607,14 +608,10 @@ class Tracker:
 
     def _snapshot(self, node: Atom) -> list[Entry]:
         """What to tell `node`. The original takes our word for all; ours asks our other trackers themselves."""
-        if not self._is_gater(node) or sum(member.gater for member in self._members.values()) == 1:
+        left_out = {each for each, member in self._members.items() if member.gater and each is not node}
+        if not left_out or not self._is_gater(node):
             return self.registry.entries()
-        return [
-            entry
-            for where in self.registry.nodes()
-            if where is self.node or where is node or not self._is_gater(where)
-            for entry in self.registry.on_node(where)
-        ]
+        return [entry for entry in self.registry if entry.pid.node not in left_out]
 
     # Merging.
 
@@ -628,25 +625,31 @@ class Tracker:
             self._sync_deadline = None
         if isinstance(message, SyncAck) and node in self._awaiting:
             self._awaiting[node] = float("inf")
-        self._add_job(_Merge(node, message, self._now, ours))
+        entries = list(message.entries)
+        entries.reverse()
+        self._add_job(_Merge(node, replace(message, entries=()), entries, self._now, ours))
 
     def _work(self) -> None:
         budget = self.options.merge_chunk
         while self._jobs and budget > 0:
             job = self._jobs[0]
-            entries = job.message.entries if isinstance(job, _Merge) else job.entries
-            end = min(job.position + budget, len(entries))
-            # A small job costs something too, but a held message is worth more than a late one.
-            budget -= max(1, end - job.position)
-            step = self._merge_entry if isinstance(job, _Merge) else self._purge_entry
-            for i in range(job.position, end):
-                step(job, entries[i])  # type: ignore[arg-type]
-            job.position = end
-            if end == len(entries):
-                self._jobs.popleft()
-                if isinstance(job, _Merge):
-                    self._merged(job)
-                self._release(job.node)
+            # A job of nothing costs something too.
+            budget -= 1
+            if isinstance(job, _Merge):
+                while job.entries and budget > 0:
+                    self._merge_entry(job, job.entries.pop())
+                    budget -= 1
+                if not job.entries:
+                    self._jobs[0] = _Purge(job.node, self._claims.pids_on_node(job.node), merged=job)
+            else:
+                while job.pids and budget > 0:
+                    self._purge(job, job.pids.pop())
+                    budget -= 1
+                if not job.pids:
+                    self._jobs.popleft()
+                    if job.merged is not None:
+                        self._merged(job.merged)
+                    self._release(job.node)
 
     def _release(self, node: Atom) -> None:
         if any(job.node is node for job in self._jobs):
@@ -658,21 +661,42 @@ class Tracker:
                 self._held[node].extend(held)
                 return
 
-    def _purge_entry(self, job: _Purge, entry: Entry) -> None:
-        if self._drop(entry.name, entry.pid) is not None and messages.MFA in entry.meta:
-            self.placement.lost(entry)
+    def _purge(self, job: _Purge, pid: Pid) -> None:
+        for entry in self._claims.of_pid(pid):
+            if job.merged is not None:
+                if not self._is_listed(job.merged, entry):
+                    self._drop(entry.name, pid)
+            elif self._drop(entry.name, pid) is not None and messages.MFA in entry.meta:
+                self.placement.lost(entry)
+
+    def _is_listed(self, job: _Merge, entry: Entry) -> bool:
+        """Does the registry we have merged list this entry, or can it be too young for that?"""
+        claim = (name_key(entry.name), entry.pid)
+        if claim in job.listed:
+            job.listed.discard(claim)
+            return True
+        since = self._members[job.node].rumours.get(claim)
+        if since is None or since <= job.started - VERIFY_AFTER_S:
+            return False
+        self._verify_later()
+        return True
 
     def _merge_entry(self, job: _Merge, term: Term) -> None:
         try:
             entry = messages.entry_from_term(term)
-            known = self._claims.find(entry.name, entry.pid)
+            shown = self.registry.get(entry.name)
         except (ErlError, TypeError) as error:
             self._note("bad entry in a registry", node=job.node, reason=str(error))
             return
         owner = entry.pid.node
+        known = shown if shown is None or shown.pid == entry.pid else self._claims.find(entry.name, entry.pid)
         if owner is job.node:
             job.listed.add((name_key(entry.name), entry.pid))
-            self._listed(job.node, entry, known)
+            if shown is None and len(self.registry) < MAX_NAMES:
+                self._monitor(entry.pid)
+                self._claims.put_first(Entry(entry.name, entry.pid, entry.meta, self._joined(entry.clock)))
+            else:
+                self._listed(job.node, entry, known)
         elif owner is self.node:
             self._listed_elsewhere(job, entry, known)
         elif known is None and (owner in self._plain_nodes or self._unheard(owner)):
@@ -686,7 +710,8 @@ class Tracker:
     def _listed(self, node: Atom, entry: Entry, known: Entry | None) -> None:
         """A member lists a process of its own."""
         member = self._members[node]
-        member.rumours.pop((name_key(entry.name), entry.pid), None)
+        if member.rumours:
+            member.rumours.pop((name_key(entry.name), entry.pid), None)
         if known is None:
             self._claim(entry.name, entry.pid, entry.meta, self._joined(entry.clock))
             return
@@ -725,7 +750,10 @@ class Tracker:
     def _merged(self, job: _Merge) -> None:
         node, message = job.node, job.message
         member = self._members[node]
-        self._drop_unlisted(job, member)
+        doubts, member.doubts = member.doubts, set()
+        for pid in doubts:
+            if not self._claims.of_pid(pid):
+                self._emit(Demonitor(pid))
         member.synced = True
         member.sync_due = None
         member.failures = 0
@@ -743,22 +771,6 @@ class Tracker:
         if not member.gater:
             for pid in job.stale:
                 self._disown(node, pid)
-
-    def _drop_unlisted(self, job: _Merge, member: _Member) -> None:
-        oldest = job.started - VERIFY_AFTER_S
-        for entry in self._claims.on_node(job.node):
-            claim = (name_key(entry.name), entry.pid)
-            if claim in job.listed:
-                continue
-            since = member.rumours.get(claim)
-            if since is None or since <= oldest:
-                self._drop(entry.name, entry.pid)
-            else:
-                self._verify_later()
-        doubts, member.doubts = member.doubts, set()
-        for pid in doubts:
-            if not self._claims.of_pid(pid):
-                self._emit(Demonitor(pid))
 
     def _disown(self, node: Atom, pid: Pid) -> None:
         """An original lists a name of our process that the process does not have: say what it has."""
@@ -984,6 +996,8 @@ class Tracker:
 
     def _contest(self, name: Term) -> None:
         """If a process of ours has this name too, one must go, or be said louder."""
+        if self._claims.peaceful:
+            return
         self._claims.rank(name)
         claims = self._claims.of_name(name)
         if len(claims) < 2:
@@ -1050,9 +1064,13 @@ class Tracker:
         member = self._members.get(entry.pid.node)
         return member is not None and bool(member.rumours) and (name_key(entry.name), entry.pid) in member.rumours
 
-    def _put(self, name: Term, pid: Pid, meta: Meta, clock: Clock) -> Entry:
+    def _monitor(self, pid: Pid) -> None:
+        """Before the first claim of a process: ours, or of a member that may not tell its end."""
         if (pid.node is self.node or not self._is_gater(pid.node)) and not self._claims.of_pid(pid):
             self._emit(Monitor(pid))
+
+    def _put(self, name: Term, pid: Pid, meta: Meta, clock: Clock) -> Entry:
+        self._monitor(pid)
         entry = Entry(name, pid, meta, clock)
         self._claims.put(entry)
         return entry
@@ -1062,14 +1080,14 @@ class Tracker:
             meta = entry.meta
             if entry.clock == clock:
                 return entry
-        return self._put(entry.name, entry.pid, meta, self._shared(clock))
+        return self._put(entry.name, entry.pid, meta, clock)
 
     def _drop(self, name: Term, pid: Pid) -> Entry | None:
         entry = self._claims.drop(name, pid)
         if entry is None:
             return None
         member = self._members.get(pid.node)
-        if member is not None:
+        if member is not None and member.rumours:
             member.rumours.pop((name_key(name), pid), None)
         if not self._claims.of_pid(pid) and (member is None or pid not in member.doubts):
             self._emit(Demonitor(pid))
@@ -1098,10 +1116,6 @@ class Tracker:
                 self._shared_clocks.clear()
             clock = self._shared_clocks[seen[1]] = itc.join(self._clock, itc.peek(seen))
         return clock
-
-    def _shared(self, clock: Clock) -> Clock:
-        shared = self._shared_clocks.get(clock[1])
-        return shared if shared == clock else clock
 
     def _event(self, clock: Clock) -> Clock:
         return itc.event((self._clock[0], clock[1]) if itc.is_anonymous(clock) else clock)
