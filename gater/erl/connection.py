@@ -65,13 +65,18 @@ log = structlog.get_logger(__name__)
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. Memory grows with what has arrived, never with what a prefix announces."""
+    """Cuts a byte stream into frames. Memory grows with what has arrived, never with what a prefix announces.
 
-    __slots__ = ("_max_bytes", "_need", "_rest")
+    A frame that comes in pieces is copied once, when its last piece is there.
+    """
+
+    __slots__ = ("_held", "_max_bytes", "_need", "_pieces")
 
     def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._rest = bytearray()
+        self._pieces: list[bytes | memoryview] = []
+        """The beginning of a frame, its length included."""
+        self._held = 0
         self._need = 4
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -79,15 +84,24 @@ class FrameReader:
 
         Raises LimitExceeded (`MAX_FRAME_BYTES`); the frames before the one that is too long are lost with it.
         """
-        rest = self._rest
-        if rest:
-            rest += data
-            if len(rest) < self._need:
-                return []
-            data = bytes(rest)
-            rest.clear()
         frames: list[bytes] = []
         position = 0
+        held = self._held
+        if held:
+            if held + len(data) < self._need:
+                self._pieces.append(data)
+                self._held = held + len(data)
+                return frames
+            pieces = self._pieces
+            self._pieces = []
+            self._held = 0
+            if held < 4:
+                data = b"".join((*pieces, data))
+            else:
+                position = self._need - held
+                pieces[0] = memoryview(pieces[0])[4:]
+                pieces.append(memoryview(data)[:position])
+                frames.append(b"".join(pieces))
         size = len(data)
         need = 4
         while size - position >= 4:
@@ -101,7 +115,8 @@ class FrameReader:
             frames.append(data[position + 4 : end])
             position = end
         if position < size:
-            rest += data[position:]
+            self._pieces.append(data[position:] if position else data)
+            self._held = size - position
             self._need = need
         return frames
 
@@ -187,7 +202,7 @@ class Connection:
                 return
             pieces: list[bytes] = [_FRAME_START]
             etf.encode_into(pieces, message)
-            self._enqueue(b"".join(pieces))
+            self._enqueue(pieces)
         elif self.state == "connecting":
             self._wait_with(lambda: self.send_control(message, needs), 0)
 
@@ -203,7 +218,7 @@ class Connection:
             etf.encode_into(pieces, message)
             pieces.append(_PAYLOAD_START)
             etf.encode_into(pieces, payload)
-            self._enqueue(b"".join(pieces))
+            self._enqueue(pieces)
         elif self.state == "connecting":
             kept = EncodedTerm(etf.encode_term(payload))
             self._wait_with(lambda: self.send_message(message, kept, needs), len(kept.data))
@@ -232,11 +247,11 @@ class Connection:
         if self._out_bytes > MAX_QUEUED_BYTES:
             self._node.peers.connection_lost(self, f"MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} while connecting")
 
-    def _enqueue(self, body: bytes) -> None:
-        size = len(body)
+    def _enqueue(self, pieces: list[bytes]) -> None:
+        size = sum(map(len, pieces))
         out = self._out
         out.append(_pack_length(size))
-        out.append(body)
+        out += pieces
         self._out_bytes += size + 4
         if not self.queued:
             self.queued = True
