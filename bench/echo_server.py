@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from gater.erl.gen_server import Caller, GenServer, start_server
+from gater.erl.memory import keep_freed_memory
 from gater.erl.node import Node, NodeOptions
 from gater.erl.terms import Term
 
@@ -44,6 +45,7 @@ async def serve(name: str, cookie: str, epmd_port: int) -> None:
 
 def main() -> None:
     name, cookie, epmd_port, loop = sys.argv[1:]
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
         runner.run(serve(name, cookie, int(epmd_port)))
 

@@ -25,6 +25,7 @@ from gater.cluster.monitor import ClusterMonitor
 from gater.cluster.strategy import StaticList, Strategy
 from gater.erl import NodeOptions, make_node
 from gater.erl.gen_server import start_server
+from gater.erl.memory import keep_freed_memory
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
 from gater.settings import Settings
@@ -152,6 +153,7 @@ def _open_stores(settings: Settings) -> EmbeddedStores | None:
 
 def run(settings: Settings) -> int:
     """Run a gateway until SIGTERM or SIGINT; the exit code of the process."""
+    keep_freed_memory()
     return _event_loop_runner()(_serve(settings))
 
 
