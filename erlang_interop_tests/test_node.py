@@ -11,7 +11,7 @@ from erlang_interop_tests.python_node import Collector, python_node
 from gater.erl.errors import HandshakeError
 from gater.erl.process import DOWN, EXIT, KILLED, NOCONNECTION, NOPROC, PROCESS
 from gater.erl.rpc import erpc_call
-from gater.erl.terms import Atom, Pid
+from gater.erl.terms import Atom, Pid, Term
 
 OOPS = Atom("oops")
 
@@ -98,15 +98,19 @@ async def test_an_alias_of_a_python_process_takes_messages_from_a_beam(erl_node:
 
 async def test_a_beam_monitors_a_python_process(erl_node: BeamNode, beam: Beams) -> None:
     async with python_node(beam) as node:
-        target = Collector(node, "target")
         down = "receive {'DOWN', R, process, O, Reason} -> {O, Reason} after 5000 -> timeout end"
-        for watched in (target.process.pid, (Atom("target"), node.name)):
+
+        async def watch(target: Collector, watched: Term) -> None:
             waiting = asyncio.create_task(erl_node.eval(f"R = monitor(process, P), {down}", P=watched))
             await wait_until(lambda: target.process.monitored_by)
             target.process.exit(OOPS)
             assert await waiting == (watched, OOPS)
             assert await erl_node.eval(f"R = monitor(process, P), {down}", P=watched) == (watched, NOPROC)
-            target = Collector(node, "target")
+
+        by_pid, by_name = Collector(node), Collector(node, "target")
+        await watch(by_pid, by_pid.process.pid)
+        await watch(by_name, (Atom("target"), node.name))
+        target = Collector(node)
         await erl_node.eval("demonitor(monitor(process, P)), ok", P=target.process.pid)
         await wait_until(lambda: not target.process.monitored_by)
 

@@ -165,7 +165,7 @@ class ServerReceiver:
         name = kind.name if type(kind) is Atom else None
         match name:
             case "get_state":
-                reply = (OK, self.server.get_state())
+                reply = self.server.get_state()
             case "get_status":
                 reply = self._status()
             case "suspend":

@@ -28,7 +28,6 @@ DIST_MONITOR: Final = int(DistributionFlag.DIST_MONITOR)
 SPAWN: Final = int(DistributionFlag.SPAWN)
 UNLINK_ID: Final = int(DistributionFlag.UNLINK_ID)
 _MONITOR: Final = Atom("monitor")
-_NO_REPLY: Final = (Atom("reply"), Atom("no"))
 _NOTSUP: Final = Atom("notsup")
 
 log = structlog.get_logger(__name__)
@@ -296,20 +295,25 @@ class Signals:
         monitor = Monitor(self._node.make_reference(), owner, None, on_down)
         monitor.connection = connection
         call = SpawnCall(monitor, on_error)
-        self._send_spawn(connection, monitor.reference, owner, mfa, _MONITOR)
+        self._send_spawn(connection, monitor.reference, owner, mfa, [_MONITOR])
         connection.spawns[monitor.reference] = call
         connection.when_up(lambda: self._refuse_if_unable(connection, call))
         return monitor
 
     def spawn_cast(self, peer: Atom, mfa: tuple[Atom, Atom, list[Term]], owner: Pid) -> None:
-        """Spawn `M:F(Args)` on `peer` and want to know nothing more of it."""
-        self._send_spawn(self._node.connection(peer), self._node.make_reference(), owner, mfa, _NO_REPLY)
+        """Spawn `M:F(Args)` on `peer` and want to know nothing more of it: the reply is thrown away when it comes."""
+        self._send_spawn(self._node.connection(peer), self._node.make_reference(), owner, mfa, [])
 
     def _send_spawn(
-        self, connection: Connection, reference: Reference, owner: Pid, mfa: tuple[Atom, Atom, list[Term]], option: Term
+        self,
+        connection: Connection,
+        reference: Reference,
+        owner: Pid,
+        mfa: tuple[Atom, Atom, list[Term]],
+        options: list[Term],
     ) -> None:
         module, function, arguments = mfa
-        head = (control.OP_SPAWN_REQUEST, reference, owner, owner, (module, function, len(arguments)), [option])
+        head = (control.OP_SPAWN_REQUEST, reference, owner, owner, (module, function, len(arguments)), options)
         connection.send_message(head, arguments, SPAWN)
 
     def _refuse_if_unable(self, connection: Connection, call: SpawnCall) -> None:
