@@ -360,7 +360,7 @@ class Peers:
         if self.table.get(connection.peer) is connection:
             del self.table[connection.peer]
         event = "node_down" if was_up else "connect_failed"
-        log.info(event, node=str(self._node.name), peer=str(connection.peer), reason=why)
+        log.info(event, node=str(self._node.name), peer=str(connection.peer), reason=str(error or why))
         self._settle(connection, error or NotConnected(why))
         self._node.signals.connection_ended(connection)
         if was_up:
