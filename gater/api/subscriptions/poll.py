@@ -1,0 +1,111 @@
+"""When to ask the store whether anything has changed. Pure.
+
+The safety net below all hints (protocols.md, section 6, "What changed?"): the Raft index costs the store a fraction of
+a millisecond whatever its size, so it is asked for often; only when it has moved are the event counts of the streams
+asked for, which cost milliseconds per thousand streams. What counting costs is paid from a credit that grows at
+`BUSY_SHARE` of the time: after quiet times counting follows a change at once, under steady load it is spread out.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+INDEX_S: Final = 0.1
+"""Between two looks at the Raft index."""
+
+BUSY_SHARE: Final = 0.018
+"""How much of its time the store's node may spend on counting; with the looks at the index it stays below 2 %."""
+
+MAX_CREDIT_S: Final = 1.0
+"""Credit that can be saved up: forty counts of 10,000 streams in a row, or three of 100,000."""
+
+BLIND_S: Final = 5.0
+"""Between two counts while the index cannot be read."""
+
+ANSWER_S: Final = 10.0
+"""After this time a question counts as failed, whoever should have answered it."""
+
+
+class PollPlan:
+    """Says when to ask. `index_due` and `counts_due` are asked at `deadline`, and after every answer."""
+
+    def __init__(self, now: float) -> None:
+        self._index: int | None = None
+        self._counted_at: int | None = None
+        """The index that was known when the last successful count began."""
+        self._counting_at: int | None = None
+        self._next_index = now
+        self._next_blind = now
+        self._credit = MAX_CREDIT_S
+        self._credit_at = now
+        self._asked_index: float | None = None
+        self._asked_counts: float | None = None
+        self._last_cost = 0.0
+        self._retry_at = now
+        self._must = True
+
+    def must_count(self) -> None:
+        """Somebody needs fresh counts, changed or not."""
+        self._must = True
+
+    def index_due(self, now: float) -> bool:
+        """Whether to ask for the index now; if so it counts as asked."""
+        if self._asked_index is not None and now - self._asked_index < ANSWER_S:
+            return False
+        if now < self._next_index:
+            return False
+        self._asked_index = now
+        self._next_index = now + INDEX_S
+        return True
+
+    def index(self, value: int | None, now: float) -> None:
+        """The answer: the index, or None."""
+        self._asked_index = None
+        if value is not None:
+            self._index = value
+        elif now >= self._next_blind:
+            self._next_blind = now + BLIND_S
+            self._must = True
+
+    def counts_due(self, now: float) -> bool:
+        """Whether to ask for the counts now; if so they count as asked."""
+        if self._asked_counts is not None and now - self._asked_counts < ANSWER_S:
+            return False
+        if not self._wants_counts or now < self._affordable_at(now):
+            return False
+        self._asked_counts = now
+        self._counting_at = self._index
+        self._must = False
+        return True
+
+    def counts(self, ok: bool, took_s: float, now: float) -> None:
+        """The answer came, or it failed."""
+        self._asked_counts = None
+        self._pay(now)
+        self._credit -= took_s
+        self._last_cost = took_s
+        if ok:
+            self._counted_at = self._counting_at
+        else:
+            self._must = True
+            self._retry_at = now + 1.0
+
+    @property
+    def _wants_counts(self) -> bool:
+        return self._must or self._index != self._counted_at
+
+    def deadline(self, now: float) -> float:
+        """When something will be due."""
+        index = self._next_index if self._asked_index is None else self._asked_index + ANSWER_S
+        if self._asked_counts is not None:
+            return min(index, self._asked_counts + ANSWER_S)
+        return min(index, self._affordable_at(now)) if self._wants_counts else index
+
+    def _affordable_at(self, now: float) -> float:
+        self._pay(now)
+        missing = min(self._last_cost, MAX_CREDIT_S) - self._credit
+        return max(self._retry_at, now + missing / BUSY_SHARE if missing > 0 else now)
+
+    def _pay(self, now: float) -> None:
+        self._credit = min(MAX_CREDIT_S, self._credit + (now - self._credit_at) * BUSY_SHARE)
+        self._credit_at = now

@@ -1,0 +1,447 @@
+"""What goes into a subscription feed and what comes out of it: events, options, inputs and effects.
+
+`Feed.receive(input, now)` returns effects; the shell around it carries them out and feeds their results back. Times are
+seconds of a monotonic clock, stream names and types are binaries, versions count from 0 (`-1`: an empty stream).
+A `Key` names a subscription within its store: the name of a persistent one; what the shell likes for a transient one,
+which belongs to its subscriber alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final, TypeAlias
+
+from gater.api import schema
+from gater.erl.terms import Atom, Term
+
+Key: TypeAlias = Hashable
+SubscriberId: TypeAlias = Hashable
+"""A pid, or whatever stands for a Python subscriber."""
+
+DEFAULT_WINDOW: Final = 100
+"""Events a subscriber may hold without acknowledging them."""
+
+ACK_TIMEOUT_S: Final = 30.0
+"""An event not acknowledged in this time is delivered again; twice as long each time, up to eight times as long."""
+
+MAX_RETRIES: Final = 10
+"""Times an event is delivered again because its subscriber asked so (`:retry`), before it is parked."""
+
+RETRY_S: Final = (0.1, 10.0)
+"""First and longest pause before an event is delivered again because its subscriber asked so; doubled in between."""
+
+MAX_WINDOW: Final = 10_000
+"""The largest window and batch: what one subscription may keep in memory, times two."""
+
+
+class Event:
+    """One recorded event: what order needs to know of it, and the record as it came from the store.
+
+    `epoch` is `created_epoch` (microseconds since 1970), 0 if the record has none.
+    """
+
+    __slots__ = ("epoch", "number", "record", "stream", "type")
+
+    def __init__(self, stream: bytes, number: int, epoch: int, type: Term, record: Mapping[Term, Term]) -> None:
+        self.stream = stream
+        self.number = number
+        self.epoch = epoch
+        self.type = type
+        self.record = record
+
+    def __repr__(self) -> str:
+        return f"Event({self.stream!r}, {self.number})"
+
+
+def event_of(record: Term) -> Event:
+    """The event of an EventRecord (or of any map with its keys); `SchemaError` if it is none."""
+    if isinstance(record, Mapping):
+        stream, number = record.get(schema.EVENT_STREAM_ID), record.get(schema.EVENT_NUMBER)
+        if isinstance(stream, str):
+            stream = stream.encode()
+        if type(stream) is bytes and type(number) is int and number >= 0:
+            epoch, kind = record.get(schema.CREATED_EPOCH), record.get(schema.EVENT_TYPE)
+            return Event(
+                stream,
+                number,
+                epoch if type(epoch) is int else 0,
+                kind.encode() if isinstance(kind, str) else kind,
+                record,
+            )
+    raise schema.SchemaError(f"expected an EventRecord, got {schema.show(record)}")
+
+
+class Start(Enum):
+    """Where a subscription begins when it has no checkpoint; a number instead is a version in every stream."""
+
+    NOW = "now"
+
+
+class Strategy(Enum):
+    """How several subscribers of one subscription share its events."""
+
+    ROUND_ROBIN = "round_robin"
+    """Each event to the next one with room: order holds among the events of one subscriber."""
+    BY_STREAM = "by_stream"
+    """A stream stays with one subscriber while that lives: order holds within each stream."""
+
+
+class Action(Enum):
+    """What to do with an event its subscriber does not want to acknowledge."""
+
+    RETRY = "retry"
+    """Deliver it again after a pause; park it when that was done `max_retries` times."""
+    SKIP = "skip"
+    """Go on as if it had been acknowledged."""
+    PARK = "park"
+    """Put it aside, to be looked at and replayed later, and go on."""
+    STOP = "stop"
+    """Deliver nothing more until somebody resumes the subscription; begin again with this event then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a subscription is delivered. ValueError for a number that makes no sense."""
+
+    auto_ack: bool = False
+    """An event counts as acknowledged as soon as it has been sent."""
+    window: int = DEFAULT_WINDOW
+    batch_size: int = 1
+    """Events in one message, at most."""
+    ack_timeout_s: float = ACK_TIMEOUT_S
+    max_retries: int = MAX_RETRIES
+    strategy: Strategy = Strategy.ROUND_ROBIN
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("window", self.window, MAX_WINDOW),
+            ("batch_size", self.batch_size, MAX_WINDOW),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {value}")
+        if not self.ack_timeout_s > 0:
+            raise ValueError(f"ack_timeout_s must be greater than 0, got {self.ack_timeout_s}")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries must not be negative, got {self.max_retries}")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What somebody subscribes to. `persistent` ones have checkpoints and outlive their subscribers."""
+
+    kind: Atom
+    selector: Term
+    start: int | Start = 0
+    persistent: bool = False
+    options: Options = field(default_factory=Options)
+
+
+# Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """Start a subscription, or join the one of that key (`Refused` if it has another kind or selector).
+
+    `positions` is its saved checkpoint, None if there is none; `subscriber` None starts it without one.
+    """
+
+    key: Key
+    spec: Spec
+    subscriber: SubscriberId | None = None
+    positions: Mapping[bytes, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriberDown:
+    """This subscriber is gone, from all its subscriptions (`key` None) or from one."""
+
+    subscriber: SubscriberId
+    key: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriberBusy:
+    """The way to this subscriber is full (`busy`) or free again; what was delivered is not lost by it."""
+
+    subscriber: SubscriberId
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """This event has been dealt with. Acknowledging it twice, or one that is not outstanding, does nothing."""
+
+    key: Key
+    stream: bytes
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Nack:
+    """This event has not been dealt with: do `action`; `reason` is kept with a parked event."""
+
+    key: Key
+    stream: bytes
+    number: int
+    action: Action
+    reason: Term = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on delivering a subscription that was stopped."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayParked:
+    """Deliver these parked events again; each is dropped from the parked ones (`DropParked`) once acknowledged."""
+
+    key: Key
+    events: Sequence[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """End a subscription for good, without a last checkpoint."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Another gateway takes over: save where it stands and forget it."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A stream has come to at least this version; `events`, if there are any, are its events up to there, in order."""
+
+    stream: bytes
+    version: int
+    events: Sequence[Event] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The answer to a `ReadPage`: events in ascending order, or None if the read failed."""
+
+    token: int
+    events: Sequence[Event] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The answer to a `ReadCounts`: events by stream (None: it failed), and how long the store took for it.
+
+    Streams without events may be left out.
+    """
+
+    token: int
+    counts: Mapping[bytes, int] | None
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The answer to a `ReadIndex`: the store's last applied Raft index, None if it could not be read or has none."""
+
+    token: int
+    value: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The answer to a `SaveCheckpoint`."""
+
+    key: Key
+    token: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ParkSaved:
+    """The answer to a `Park`."""
+
+    key: Key
+    stream: bytes
+    number: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: `Feed.deadline` is reached."""
+
+
+Input: TypeAlias = (
+    Subscribe
+    | SubscriberDown
+    | SubscriberBusy
+    | Ack
+    | Nack
+    | Resume
+    | ReplayParked
+    | Remove
+    | Release
+    | Hint
+    | Page
+    | Counts
+    | Index
+    | Saved
+    | ParkSaved
+    | Tick
+)
+
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPage:
+    """Read `count` events of a stream from number `start` on; answer with `Page`, always."""
+
+    token: int
+    stream: bytes
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCounts:
+    """Ask how many events these streams have (None: all streams); answer with `Counts`, always."""
+
+    token: int
+    streams: tuple[bytes, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadIndex:
+    """Ask for the store's last applied Raft index; answer with `Index`, always."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Send these events to the subscriber, as one message."""
+
+    key: Key
+    subscriber: SubscriberId
+    events: list[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCheckpoint:
+    """Save for each of these streams the number of the next event not yet dealt with; answer with `Saved`.
+
+    Streams not named keep what was saved for them. A number never goes back: of two writers the higher one counts.
+    """
+
+    key: Key
+    token: int
+    positions: dict[bytes, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Save this event among the parked ones; answer with `ParkSaved`. Its checkpoint waits for that."""
+
+    key: Key
+    event: Event
+    reason: Term
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropParked:
+    """This parked event has been dealt with: forget it."""
+
+    key: Key
+    stream: bytes
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The subscription knows where it begins: what is appended from now on will be delivered."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The subscriber could not subscribe; `reason` says why."""
+
+    key: Key
+    subscriber: SubscriberId | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A subscriber stopped the subscription at this event."""
+
+    key: Key
+    stream: bytes
+    number: int
+    reason: Term
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A transient subscription has ended with its subscriber."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Something an operator may want to know: an event name and its fields, never payload."""
+
+    event: str
+    fields: Mapping[str, Any]
+
+
+Effect: TypeAlias = (
+    ReadPage
+    | ReadCounts
+    | ReadIndex
+    | Deliver
+    | SaveCheckpoint
+    | Park
+    | DropParked
+    | Started
+    | Refused
+    | Stopped
+    | Ended
+    | Log
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a subscription stands (`subscription_status`)."""
+
+    key: Key
+    kind: Atom
+    selector: Term
+    persistent: bool
+    state: str
+    """`starting`, `catching_up`, `live` or `stopped`."""
+    subscribers: int
+    in_flight: int
+    """Events delivered and not acknowledged, those that wait to be delivered again included."""
+    buffered: int
+    """Events read and not yet delivered."""
+    streams_behind: int
+    """Streams in which it is not at the feed's position."""
+    parking: int
+    unsaved_streams: int
+    """Streams in which the saved checkpoint is behind."""
