@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gater.erl.terms import Atom, Pid, Term
-from gater.swarm.registry import Entry, Registry, name_key
+from gater.swarm.registry import Entry, Registry, name_key, same_meta
 
 
 class Claims:
@@ -119,7 +119,7 @@ class Claims:
 
     def _show(self, entry: Entry, instead_of: Entry | None) -> None:
         self.registry.put(entry)
-        if instead_of is None or instead_of.pid != entry.pid or instead_of.meta != entry.meta:
+        if instead_of is None or instead_of.pid != entry.pid or not same_meta(instead_of.meta, entry.meta):
             self._changed(entry.name, instead_of, entry)
 
     def _wait(self, entry: Entry) -> None:

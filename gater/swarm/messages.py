@@ -8,6 +8,7 @@ Left to others: what a message means (`tracker.py`) and who carries it (`peer.py
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -16,7 +17,7 @@ from gater.erl.errors import RemoteProtocolError
 from gater.erl.terms import Atom, Pid, Term, TermMap
 from gater.swarm import clock as itc
 from gater.swarm.clock import Clock
-from gater.swarm.registry import NO_META, Entry, Meta
+from gater.swarm.registry import NO_META, Entry, Meta, name_key
 
 TRACKER: Final = Atom("Elixir.Swarm.Tracker")
 """The name that every tracker is registered under."""
@@ -348,7 +349,11 @@ def _pid(term: Term) -> Pid:
 def _meta(term: Term) -> Meta:
     if type(term) is not dict and type(term) is not TermMap:
         raise RemoteProtocolError(f"expected the properties of a registration, got {_brief(term)}")
-    return term or NO_META
+    if not term:
+        return NO_META
+    for key in term:
+        name_key(key)  # raises for what could not be looked up afterwards
+    return term
 
 
 def _seen(term: Term) -> Clock:
@@ -363,5 +368,8 @@ def _registry(term: Term) -> list[Term]:
 
 
 def _brief(term: Term) -> str:
-    text = repr(term)
+    try:
+        text = reprlib.repr(term)
+    except RecursionError:
+        text = f"a deep {type(term).__name__}"
     return text if len(text) <= 200 else text[:200] + ".."

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
-from gater.erl.terms import Atom, Pid, Reference, Term, exact_key
+from gater.erl.terms import Atom, Pid, Reference, Term, TermMap, exact_equal, exact_key
 from gater.swarm.clock import Clock
 
 Meta: TypeAlias = Mapping[Term, Term]
@@ -51,6 +51,40 @@ class Entry:
 
 _Bag: TypeAlias = Entry | dict[Term, Entry]
 """One entry, or several by key: most bags of a large registry hold one, and an entry costs nothing to hold."""
+
+
+def same_meta(one: Meta, other: Meta) -> bool:
+    """Are these the same properties, as Erlang compares, however deep their values?"""
+    return one is other or (not one and not other) or exact_equal(one, other)
+
+
+def merged_meta(one: Meta, other: Meta) -> Meta:
+    """The properties of both; where they differ, of `other` (`Map.merge/2`)."""
+    pairs = _pairs(one)
+    pairs.update(_pairs(other))
+    return _meta_of(pairs)
+
+
+def with_property(meta: Meta, key: Term, value: Term) -> Meta:
+    """These properties and one more."""
+    return merged_meta(meta, TermMap([(key, value)]))
+
+
+def without_property(meta: Meta, key: Term) -> Meta:
+    """These properties but one."""
+    pairs = _pairs(meta)
+    pairs.pop(name_key(key), None)
+    return _meta_of(pairs)
+
+
+def _pairs(meta: Meta) -> dict[Term, tuple[Term, Term]]:
+    return {name_key(key): (key, value) for key, value in meta.items()}
+
+
+def _meta_of(pairs: dict[Term, tuple[Term, Term]]) -> Meta:
+    if all(type(key) in _OWN_KEY for key, _ in pairs.values()):
+        return dict(pairs.values()) or NO_META
+    return TermMap(pairs.values())
 
 
 def name_key(name: Term) -> Term:

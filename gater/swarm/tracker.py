@@ -60,7 +60,7 @@ from enum import StrEnum
 from functools import reduce
 from typing import Final
 
-from gater.erl.errors import ErlError
+from gater.erl.errors import LimitExceeded, RemoteProtocolError
 from gater.erl.terms import Atom, Pid, Term
 from gater.swarm import clock as itc
 from gater.swarm import messages
@@ -111,7 +111,16 @@ from gater.swarm.messages import (
     Whereis,
 )
 from gater.swarm.placement import Placement
-from gater.swarm.registry import NO_META, Entry, Meta, Registry, name_key
+from gater.swarm.registry import (
+    Entry,
+    Meta,
+    Registry,
+    merged_meta,
+    name_key,
+    same_meta,
+    with_property,
+    without_property,
+)
 from gater.swarm.ring import HashRing, Strategy
 
 SYNC_NODES_TIMEOUT_S: Final = 5.0
@@ -364,19 +373,23 @@ class Tracker:
         member = self._member(node)
         if member is None:
             return
-        match message:
-            case ReplicaEvent(_, clock, change):
-                self._replica_event(node, member, clock, change)
-            case Sync():
-                self._sync(node, member, message)
-            case SyncRecv() | SyncAck():
-                self._merge_later(node, message)
-            case SyncErr(reason):
-                self._note("sync refused", node=node, reason=reason)
-                if node is self._sync_node:
-                    self._sync_failed(node)
-            case Handoff():
-                self.placement.handoff(message)
+        try:
+            match message:
+                case ReplicaEvent(_, clock, change):
+                    self._replica_event(node, member, clock, change)
+                case Sync():
+                    self._sync(node, member, message)
+                case SyncRecv() | SyncAck():
+                    self._merge_later(node, message)
+                case SyncErr(reason):
+                    self._note("sync refused", node=node, reason=reason)
+                    if node is self._sync_node:
+                        self._sync_failed(node)
+                case Handoff():
+                    self.placement.handoff(message)
+        except LimitExceeded as error:
+            # Names are looked up before anything is changed, so the message is as good as not said.
+            self._note("message beyond a limit", node=node, reason=str(error))
 
     def _timer_fired(self, timer: Hashable) -> None:
         match timer:
@@ -422,11 +435,10 @@ class Tracker:
                     self.take_back([entry])
                 self.reply(caller, messages.done())
             case AddMeta(key, value, pid):
-                self._change_meta(pid, lambda meta: {**meta, key: value})
+                self._change_meta(pid, lambda meta: with_property(meta, key, value))
                 self.reply(caller, messages.done())
             case RemoveMeta(key, pid):
-                wanted = name_key(key)
-                self._change_meta(pid, lambda meta: {k: v for k, v in meta.items() if name_key(k) != wanted})
+                self._change_meta(pid, lambda meta: without_property(meta, key))
                 self.reply(caller, messages.done())
             case HandOver(name, state):
                 self.placement.hand_over(name, state)
@@ -685,7 +697,7 @@ class Tracker:
         try:
             entry = messages.entry_from_term(term)
             shown = self.registry.get(entry.name)
-        except (ErlError, TypeError) as error:
+        except RemoteProtocolError as error:
             self._note("bad entry in a registry", node=job.node, reason=str(error))
             return
         owner = entry.pid.node
@@ -715,12 +727,12 @@ class Tracker:
         if known is None:
             self._claim(entry.name, entry.pid, entry.meta, self._joined(entry.clock))
             return
-        if known.clock[1] != entry.clock[1] or known.meta != entry.meta:
+        if known.clock[1] != entry.clock[1] or not same_meta(known.meta, entry.meta):
             order = itc.compare(known.clock, entry.clock)
             if member.gater or order in ("lt", "eq"):
                 self._update(known, entry.meta, itc.join(known.clock, entry.clock))
             elif order == "gt":
-                if known.meta != entry.meta:
+                if not same_meta(known.meta, entry.meta):
                     # It missed what we know: a change that we, or somebody we heard, made to its process.
                     self._send(
                         (node,), ReplicaEvent(self.pid, itc.peek(known.clock), UpdateMeta(known.meta, known.pid))
@@ -733,7 +745,7 @@ class Tracker:
         """A member lists a process of ours."""
         if known is None:
             job.stale[entry.pid] = None
-        elif known.meta != entry.meta:
+        elif not same_meta(known.meta, entry.meta):
             order = itc.compare(known.clock, entry.clock)
             if order == "lt":
                 changed = self._update(known, entry.meta, itc.join(known.clock, entry.clock))
@@ -744,7 +756,7 @@ class Tracker:
     def _merge_meta(self, known: Entry, meta: Meta, clock: Clock) -> None:
         """Two changes to one registration that did not know of each other: both count, and everybody hears."""
         both = self._event(itc.join(known.clock, clock))
-        changed = self._update(known, {**known.meta, **meta}, both)
+        changed = self._update(known, merged_meta(known.meta, meta), both)
         self._broadcast(both, UpdateMeta(changed.meta, changed.pid))
 
     def _merged(self, job: _Merge) -> None:
@@ -785,17 +797,14 @@ class Tracker:
 
     def _replica_event(self, node: Atom, member: _Member, clock: Clock, change: Change) -> None:
         owner = change.pid.node
-        try:
-            if owner is node:
-                self._owner_says(node, member, clock, change)
-            elif owner is self.node:
-                self._told_about_ours(member, clock, change)
-            elif owner in self._plain_nodes or (owner in self._members and not self._members[owner].gater):
-                self._rumoured(clock, change)
-        except TypeError as error:
-            self._note("event about a name that is no term", node=node, reason=str(error))
+        if owner is node:
+            self._owner_says(member, clock, change)
+        elif owner is self.node:
+            self._told_about_ours(member, clock, change)
+        elif owner in self._plain_nodes or self._is_original(owner):
+            self._rumoured(clock, change)
 
-    def _owner_says(self, node: Atom, member: _Member, clock: Clock, change: Change) -> None:
+    def _owner_says(self, member: _Member, clock: Clock, change: Change) -> None:
         match change:
             case Track(name, pid, meta):
                 member.rumours.pop((name_key(name), pid), None)
@@ -820,7 +829,7 @@ class Tracker:
                     if member.gater or itc.leq(entry.clock, clock):
                         self._update(entry, meta, itc.join(entry.clock, clock))
                     elif not itc.leq(clock, entry.clock):
-                        self._update(entry, {**entry.meta, **meta}, itc.join(entry.clock, clock))
+                        self._update(entry, merged_meta(entry.meta, meta), itc.join(entry.clock, clock))
 
     def _told_about_ours(self, member: _Member, clock: Clock, change: Change) -> None:
         """Somebody changed a registration of our process. We decide, and say so: others believe only us."""
@@ -839,7 +848,7 @@ class Tracker:
                     self._broadcast(self._event(clock), Untrack(pid))
                     self._echo(pid)
                     self._echo(holder.pid)
-                elif holder.meta != meta or member.gater:
+                elif member.gater or not same_meta(holder.meta, meta):
                     if itc.leq(holder.clock, clock):
                         self._update(holder, meta, itc.join(holder.clock, clock))
                     self._echo(pid)
@@ -854,7 +863,7 @@ class Tracker:
                         self._update(entry, meta, itc.join(entry.clock, clock))
                     elif not itc.leq(clock, entry.clock):
                         merged = self._event(itc.join(entry.clock, clock))
-                        self._update(entry, {**entry.meta, **meta}, merged)
+                        self._update(entry, merged_meta(entry.meta, meta), merged)
                 self._echo(pid)
 
     def _echo(self, pid: Pid) -> None:
@@ -882,7 +891,7 @@ class Tracker:
                     if itc.leq(entry.clock, clock):
                         self._update(entry, meta, itc.join(entry.clock, clock))
                     elif not itc.leq(clock, entry.clock):
-                        self._update(entry, {**entry.meta, **meta}, itc.join(entry.clock, clock))
+                        self._update(entry, merged_meta(entry.meta, meta), itc.join(entry.clock, clock))
 
     # Rumours.
 
@@ -968,8 +977,8 @@ class Tracker:
         if not entries:
             return
         clock = self._event(reduce(itc.join, [entry.clock for entry in entries]))
-        changed = [self._update(entry, change(entry.meta) or NO_META, clock) for entry in entries]
-        if all(entry.meta == changed[0].meta for entry in changed):
+        changed = [self._update(entry, change(entry.meta), clock) for entry in entries]
+        if all(same_meta(entry.meta, changed[0].meta) for entry in changed):
             self._broadcast(clock, UpdateMeta(changed[0].meta, pid))
         else:
             # `update_meta` gives all names of a process the same properties.
@@ -1076,7 +1085,7 @@ class Tracker:
         return entry
 
     def _update(self, entry: Entry, meta: Meta, clock: Clock) -> Entry:
-        if entry.meta == meta:
+        if same_meta(entry.meta, meta):
             meta = entry.meta
             if entry.clock == clock:
                 return entry
