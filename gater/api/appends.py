@@ -63,23 +63,29 @@ class Appends:
         call = _AppendCall(self, request, events, on_reply, timeout_s)
         queue = self._queues.get(call.key)
         if queue is None:
-            self._queues[call.key] = deque((call,))
-            call.begin()
+            self._queues[call.key] = queue = deque((call,))
+            self._begin_next(queue, call.key)
         else:
             queue.append(call)
+
+    def _begin_next(self, queue: deque[_AppendCall], key: tuple[Atom, bytes]) -> None:
+        """Begin the first append of the queue that still waits for its turn; one after the other while they end at
+        once."""
+        while queue:
+            call = queue[0]
+            if not call.answered:
+                call.begin()
+            if not call.answered:
+                return
+            queue.popleft()
+        del self._queues[key]
 
     def finished(self, call: _AppendCall) -> None:
         """`call` has been answered: the next append of its stream begins."""
         queue = self._queues[call.key]
-        if queue[0] is not call:
-            # It ran out of time while it waited; it is skipped when its turn comes.
-            return
-        while queue:
-            queue.popleft()
-            if queue and not queue[0].answered:
-                queue[0].begin()
-                return
-        del self._queues[call.key]
+        # One that ran out of time while it waited, or ended as soon as it began, is skipped by `_begin_next`.
+        if queue[0] is call and not call.beginning:
+            self._begin_next(queue, call.key)
 
     def may_write(self, node: Atom, call: _AppendCall, step: Write) -> bool:
         """Take a place among the writes under way on `node`; if there is none, `step` is taken when one is free."""
@@ -91,18 +97,22 @@ class Appends:
         return True
 
     def write_ended(self, node: Atom) -> None:
-        """A write on `node` is over: the next one that waits may begin."""
+        """A write on `node` is over: those that wait may begin, as far as there is room."""
         self._writing[node] -= 1
-        waiting = self._waiting.get(node)
-        while waiting:
-            call, step = waiting.popleft()
-            if not call.answered:
-                call.take(step)
-                break
-        if not waiting:
-            self._waiting.pop(node, None)
         if self._writing[node] == 0:
             del self._writing[node]
+        waiting = self._waiting.get(node)
+        while waiting and self._writing.get(node, 0) < MAX_WRITES_PER_NODE:
+            # Whoever waited chooses anew: the node may have been left out meanwhile.
+            call, step = waiting.popleft()
+            call.resume(step)
+        if waiting is not None and not waiting and self._waiting.get(node) is waiting:
+            del self._waiting[node]
+
+    def left_out(self, node: Atom) -> None:
+        """`node` gets no writes for a while: those that wait for it go elsewhere."""
+        for call, step in self._waiting.pop(node, ()):
+            call.resume(step)
 
     def remembered(self, key: tuple[Atom, bytes]) -> tuple[int, Atom] | None:
         """The version this gateway last saw of a stream, and who its owner was."""
@@ -134,6 +144,7 @@ class _AppendCall:
         "_task",
         "_timer",
         "_writing_on",
+        "beginning",
         "key",
     )
 
@@ -143,6 +154,8 @@ class _AppendCall:
         self._request = request
         self._events = events
         self._on_reply: OnReply | None = on_reply
+        self.beginning = False
+        """Whether `begin` is running: what ends now ends before it has really begun."""
         self.key = (request.store or Atom("undefined"), request.stream or b"")
         self._plan: Append
         self._avoid: set[Atom] = set()
@@ -176,6 +189,13 @@ class _AppendCall:
 
     def begin(self) -> None:
         """It is this append's turn."""
+        self.beginning = True
+        try:
+            self._begin()
+        finally:
+            self.beginning = False
+
+    def _begin(self) -> None:
         remembered = self._appends.remembered(self.key)
         if remembered is not None:
             self._plan.saw(remembered[0])
@@ -207,11 +227,11 @@ class _AppendCall:
     def _choose_node(self) -> bool:
         """Choose who writes: the stream's owner, or who takes its place. False if there is nobody (yet)."""
         service, now = self._service, self._loop.time()
-        unknown = {node for node in service.router.nodes(self._store) if not service.knows_way(node)}
-        self._node = service.router.owner(self._store, self._stream, now, self._avoid | unknown)
+        unfit = service.unfit_for_writes(self._store)
+        self._node = service.router.owner(self._store, self._stream, now, self._avoid | unfit)
         if self._node is None and self._avoid:
             self._avoid.clear()
-            self._node = service.router.owner(self._store, self._stream, now, unknown)
+            self._node = service.router.owner(self._store, self._stream, now, unfit)
         return self._node is not None
 
     @property
@@ -222,13 +242,11 @@ class _AppendCall:
 
     def take(self, step: Step) -> None:
         """Carry out the next step."""
-        if isinstance(step, Write) and self._node not in self._service.router.nodes(self._store):
-            # The node went down while this write waited for its turn.
-            self._again(step)
-            return
         match step:
             case Done():
                 self._finish(step)
+            case Write(first, again, True):
+                self._loop.call_later(PAUSE_S, self.resume, Write(first, again))
             case Write() if self._is_guarded:
                 self._write_guarded(step)
             case Write(first, False):
@@ -288,6 +306,10 @@ class _AppendCall:
                     self._node_works()
                     self.take(self._plan.refused(number, count))
                     return
+                case (kind, int(number), int(count)) if kind is guarded.AHEAD:
+                    self._node_works()
+                    self.take(self._plan.ahead(number, count))
+                    return
         self._attempt_failed(error.reason if error is not None else result)
         self._again(self._plan.unknown(guarded=True))
 
@@ -336,6 +358,7 @@ class _AppendCall:
         log.warning("append_attempt_failed", store=str(self._store), peer=str(node), reason=repr(reason)[:200])
         if self._service.router.breaker(node).failed(self._loop.time()):
             log.warning("node_left_out", store=str(self._store), peer=str(node))
+            self._appends.left_out(node)
         self._avoid.add(node)
 
     def _again(self, step: Step) -> None:
@@ -344,15 +367,16 @@ class _AppendCall:
         if self._choose_node() and self._node is not before:
             self.take(step)
         else:
-            self._loop.call_later(PAUSE_S, self._paused, step)
+            self._loop.call_later(PAUSE_S, self.resume, step)
 
-    def _paused(self, step: Step) -> None:
+    def resume(self, step: Step) -> None:
+        """Take `step`, which had to wait, on the node that is the right one now."""
         if self.answered:
             return
         if self._choose_node():
             self.take(step)
         else:
-            self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self._paused, step))
+            self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self.resume, step))
 
     # Rare steps, as tasks
 
@@ -389,7 +413,7 @@ class _AppendCall:
             except (CallError, ErlangException) as error:
                 await self._elsewhere(error)
             else:
-                self.take(self._plan.refused_anew(version + 1))
+                self.take(self._plan.refused_by_worker(version + 1))
                 return
 
     async def _resolve(self, first: int) -> None:
@@ -492,8 +516,10 @@ class _AppendCall:
         if done.version is not None and self._node is not None:
             self._appends.remember(self.key, done.version, self._node)
         self._service.done()
-        self._appends.finished(self)
-        on_reply(done.reply)
+        try:
+            on_reply(done.reply)
+        finally:
+            self._appends.finished(self)
 
 
 def events_to_send(term: tuple[Term, ...], raw: Term) -> Term:

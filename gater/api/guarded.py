@@ -27,55 +27,70 @@ Path = fun(0) ->
                [streams, {if_all, [Stream, {if_child_list_length, Number}]},
                 {if_all, [Name(Number), {if_node_exists, false}]}]
        end,
-Put = fun(Number, Event) ->
-              Now = 'Elixir.DateTime':utc_now(),
-              Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
-              Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
-              khepri:put(Store, Path(Number), Record, #{timeout => TimeoutMs})
-      end,
-IsStored = fun(Number, Event) ->
+RecordOf = fun(Number, Event) ->
+                   Now = 'Elixir.DateTime':utc_now(),
+                   Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
+                   'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch)
+           end,
+Timeless = fun(Record) -> maps:without([created, created_epoch], Record) end,
+Failed = fun(Number, Problem) -> throw({failed, Number, Problem}) end,
+StoredAt = fun(Number) ->
+                   case khepri:fence(Store, TimeoutMs) of
+                       ok -> ok;
+                       NoFence -> Failed(Number, NoFence)
+                   end,
                    case khepri:get(Store, [streams, Stream, Name(Number)]) of
-                       {ok, #{event_id := Id}} -> Id =:= maps:get(event_id, Event);
-                       _ -> false
+                       {error, {khepri, node_not_found, _}} -> none;
+                       {ok, Stored} -> {ok, Stored};
+                       Unreadable -> Failed(Number, Unreadable)
                    end
            end,
-CatchUp = fun(Number) ->
-                  case khepri:fence(Store, TimeoutMs) of
-                      ok -> ok;
-                      Problem -> throw({failed, Number, Problem})
-                  end
-          end,
-Refused = fun(Number) ->
-                  case khepri:count(Store, [streams, Stream, {if_node_exists, true}]) of
-                      {ok, Count} -> throw({refused, Number, Count});
-                      _ -> throw({refused, Number, 0})
-                  end
-          end,
+Refuse = fun(Kind, Number) ->
+                 case khepri:count(Store, [streams, Stream, {if_node_exists, true}]) of
+                     {ok, Count} -> throw({Kind, Number, Count});
+                     Uncounted -> Failed(Number, Uncounted)
+                 end
+         end,
 Write = fun Write(Number, []) ->
                 throw({written, Number - 1});
             Write(Number, [Event | Events]) ->
-                case Put(Number, Event) of
+                Record = RecordOf(Number, Event),
+                case khepri:put(Store, Path(Number), Record, #{timeout => TimeoutMs}) of
                     ok ->
                         Write(Number + 1, Events);
-                    {error, {khepri, mismatching_node, _}} ->
-                        CatchUp(Number),
-                        case Again andalso IsStored(Number, Event) of
-                            true -> Write(Number + 1, Events);
-                            false -> Refused(Number)
+                    {error, {khepri, Reason, _}} when Reason =:= mismatching_node; Reason =:= node_not_found ->
+                        case StoredAt(Number) of
+                            none ->
+                                Refuse(ahead, Number);
+                            {ok, Record} ->
+                                Write(Number + 1, Events);
+                            {ok, Other} ->
+                                case Again andalso Timeless(Other) =:= Timeless(Record) of
+                                    true -> Write(Number + 1, Events);
+                                    false -> Refuse(refused, Number)
+                                end
                         end;
-                    {error, {khepri, node_not_found, _}} ->
-                        CatchUp(Number),
-                        Refused(Number);
                     Problem ->
-                        throw({failed, Number, Problem})
+                        Failed(Number, Problem)
                 end
         end,
 Write(First, Events).
 """
+"""Ends by throwing one of
+
+    {written, Last}            every event is stored, the last one as this number
+    {refused, Number, Count}   this number holds somebody else's event; the stream has Count events
+    {ahead, Number, Count}     this number holds nothing, but the stream was too short to put anything there
+    {failed, Number, Problem}  nobody knows whether this number has been written
+
+A refused put may have been stored all the same: Khepri sends a command again when the leader it was sent to goes down,
+and the second one finds the first one's event. Such an event is this very record, to the microsecond. With `Again` an
+earlier attempt may have stored it, at another time; otherwise it is equal.
+"""
 
 WRITTEN: Final = Atom("written")
 REFUSED: Final = Atom("refused")
-FAILED: Final = Atom("failed")
+AHEAD: Final = Atom("ahead")
 _MODULES: Final = ("khepri", "Elixir.ExESDB.StreamsHelper")
 
 ERL_EVAL: Final = Atom("erl_eval")

@@ -67,6 +67,7 @@ class Breaker:
     failures: int = 0
     open_until: float = 0.0
     open_s: float = OPEN_S
+    is_probed: bool = False
 
     def allows(self, now: float) -> bool:
         """Closed, or open for long enough that one more request may try."""
@@ -78,7 +79,11 @@ class Breaker:
         if self.failures < MAX_FAILURES:
             return False
         if self.failures > MAX_FAILURES:
+            if now < self.open_until and not self.is_probed:
+                # Sent before the node was left out; says nothing new.
+                return False
             self.open_s = min(self.open_s * 2, MAX_OPEN_S)
+        self.is_probed = False
         self.open_until = now + self.open_s
         return self.failures == MAX_FAILURES
 
@@ -86,11 +91,13 @@ class Breaker:
         """A request is sent: while the breaker is open it is the only one for a while."""
         if self.failures >= MAX_FAILURES:
             self.open_until = now + self.open_s
+            self.is_probed = True
 
     def succeeded(self) -> None:
         """A request was answered."""
         self.failures = 0
         self.open_s = OPEN_S
+        self.is_probed = False
 
 
 def parse_registry(entries: Term) -> list[Registered]:

@@ -162,12 +162,17 @@ class Service:
         """The expression for guarded appends on `node`; None if its workers' appends are to be used."""
         return None if self.append_mode == "worker" else self.guarded_forms.get(node)
 
-    def knows_way(self, node: Atom) -> bool:
-        """Whether it is known how to append on `node`. Until it is, nothing is written there: a plain append beside
-        guarded ones would undo what they promise."""
-        return self.append_mode == "worker" or (
-            node in self.guarded_forms if self.append_mode == "auto" else self.guarded_forms.get(node) is not None
-        )
+    def unfit_for_writes(self, store: Atom) -> set[Atom]:
+        """The nodes with workers of `store` that must not be written to: a plain append beside guarded ones would undo
+        what they promise, so nothing is written where the way is not known yet, nor by a worker where another node of
+        the store offers the guarded way."""
+        if self.append_mode == "worker":
+            return set()
+        nodes = self.router.nodes(store)
+        unguarded = {node for node in nodes if self.guarded_forms.get(node) is None}
+        if self.append_mode == "guarded" or len(unguarded) < len(nodes):
+            return unguarded
+        return {node for node in nodes if node not in self.guarded_forms}
 
     def write_refusal(self, store: Atom) -> Term | None:
         """The reason why nothing must be written to `store` now, or None."""
