@@ -8,19 +8,23 @@ from the first attempt to send on, so that a send to an unconnected node waits h
 States of a `Connection`: *connecting* (what is sent waits: its final form depends on what the peer can do), *up*,
 *down* (every monitor, link, call and spawn that depended on it has been told `noconnection`).
 
-All frames of one loop turn leave in one write: sending only collects, the node flushes at the end of the turn.
+All frames of one loop turn leave in one write: sending only collects, the node flushes at the end of the turn. A
+message above `FRAGMENT_BYTES` goes out in fragments, between which others pass (`_Large` says which). When more than
+`BUSY_BYTES` wait for a peer, the processes that send to it are not run until that has gone down again, as in a BEAM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
 from gater.erl import control, etf
+from gater.erl.dist_header import FRAGMENT_BYTES, HeaderReader, HeaderWriter, OutgoingMessage
 from gater.erl.errors import ErlError, HandshakeError, LimitExceeded, RemoteProtocolError
 from gater.erl.handshake import (
     HANDSHAKE_TIMEOUT_S,
@@ -47,10 +51,19 @@ limit otherwise; this one holds a 128 MB binary with room and ends a stream whos
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
 """What may wait to be written to one peer, connected or not. A peer for which more waits is disconnected."""
 
+BUSY_BYTES: Final = 1024 * 1024
+"""What may wait for a peer before those who send to it have to wait too (the BEAM's `+zdbbl`, and its default)."""
+
+WRITE_AHEAD_BYTES: Final = 256 * 1024
+"""How much of large messages is handed to the transport at a time: what a small message may have to wait for."""
+
 JOIN_BYTES: Final = 64 * 1024
 """Frames are copied into one buffer up to this size; larger batches are handed to the transport as they are."""
 
 EXIT_PAYLOAD: Final = int(DistributionFlag.EXIT_PAYLOAD)
+SEND_SENDER: Final = int(DistributionFlag.SEND_SENDER)
+FRAGMENTS: Final = int(DistributionFlag.FRAGMENTS)
+DIST_HDR_ATOM_CACHE: Final = int(DistributionFlag.DIST_HDR_ATOM_CACHE)
 """Flags are tested as plain integers: the operators of `IntFlag` make an object each time."""
 
 PASS_THROUGH: Final = 112
@@ -121,18 +134,78 @@ class FrameReader:
         return frames
 
 
+class _Large:
+    """A message of which fragments are still to be written, and what must not overtake it.
+
+    Signals from one process to another arrive in the order they were sent. Another sender's signals may pass, and so
+    may replies to other calls (messages to other aliases). The client process is no process but all code outside of
+    processes: its signals keep their order for each receiver only. Exits and 'DOWN's name processes by pid or by name,
+    so they pass nothing.
+    """
+
+    __slots__ = ("followers", "frames", "opcode", "sender", "size", "to")
+
+    def __init__(self, message: tuple[Term, ...], frames: Iterator[list[bytes]], size: int) -> None:
+        self.frames = frames
+        self.size = size
+        self.followers: list[Callable[[], None]] = []
+        self.opcode, self.sender, self.to = _ends(message)
+
+    def must_stay_ahead_of(self, message: tuple[Term, ...], client: Pid) -> bool:
+        opcode, sender, to = _ends(message)
+        if opcode in _PASSES_NOTHING:
+            return True
+        if sender != self.sender:
+            return False
+        if opcode == control.OP_ALIAS_SEND == self.opcode or sender == client:
+            return bool(to == self.to)
+        return True
+
+
+_PASSES_NOTHING: Final = frozenset(
+    {
+        control.OP_SEND,
+        control.OP_EXIT,
+        control.OP_EXIT2,
+        control.OP_PAYLOAD_EXIT,
+        control.OP_PAYLOAD_EXIT2,
+        control.OP_MONITOR_P_EXIT,
+        control.OP_PAYLOAD_MONITOR_P_EXIT,
+    }
+)
+_NUMBERED: Final = frozenset(
+    {control.OP_SPAWN_REQUEST, control.OP_SPAWN_REPLY, control.OP_UNLINK_ID, control.OP_UNLINK_ID_ACK}
+)
+
+
+def _ends(message: tuple[Term, ...]) -> tuple[int, Term, Term]:
+    """Opcode, sender and receiver of a control message."""
+    opcode = message[0]
+    if opcode in _NUMBERED:
+        return opcode, message[2], None
+    return opcode, message[1], message[3] if opcode == control.OP_REG_SEND else message[2]
+
+
 class Connection:
     """What this node knows of one peer, from the first attempt to reach it until it is gone."""
 
     __slots__ = (
+        "_drained",
+        "_held",
+        "_large",
+        "_large_bytes",
         "_node",
         "_op_send",
         "_out",
         "_out_bytes",
+        "_paused",
         "_sent_since_tick",
+        "_sequence_id",
         "_waiting",
+        "_writer",
         "atoms",
         "attempt",
+        "busy",
         "creation",
         "flags",
         "inbound",
@@ -142,6 +215,7 @@ class Connection:
         "peer",
         "protocol",
         "queued",
+        "reader",
         "silent_ticks",
         "spawns",
         "state",
@@ -174,6 +248,10 @@ class Connection:
         """Links undone here that the other side has not acknowledged (`UNLINK_ID`)."""
         self.spawns: dict[Reference, SpawnCall] = {}
         """Our spawn requests that have not been answered."""
+        self.reader: HeaderReader | None = None
+        """How the peer's frames are read; None if distribution headers were not agreed on."""
+        self.busy = False
+        """More than `BUSY_BYTES` wait for this peer."""
         self.queued = False
         self.silent_ticks = 0
         self._op_send = control.OP_SEND_SENDER
@@ -182,6 +260,13 @@ class Connection:
         self._out_bytes = 0
         self._waiting: list[Callable[[], None]] = []
         """While connecting: what has been sent, as what to do once the peer's flags are known."""
+        self._writer: HeaderWriter | None = None
+        self._large: deque[_Large] = deque()
+        self._large_bytes = 0
+        self._sequence_id = 0
+        self._paused = False
+        self._drained: list[asyncio.Future[None]] = []
+        self._held: set[Process] = set()
 
     def __repr__(self) -> str:
         return f"<Connection {self.peer} {self.state}>"
@@ -200,9 +285,14 @@ class Connection:
         if self.state == "up":
             if needs and not self.flags & needs:
                 return
-            pieces: list[bytes] = [_FRAME_START]
-            etf.encode_into(pieces, message)
-            self._enqueue(pieces)
+            if self._large and (ahead := self._ahead_of(message)) is not None:
+                ahead.followers.append(lambda: self.send_control(message))
+            elif self._writer is not None:
+                self._enqueue(self._writer.message(message).frame())
+            else:
+                pieces: list[bytes] = [_FRAME_START]
+                etf.encode_into(pieces, message)
+                self._enqueue(pieces)
         elif self.state == "connecting":
             self._wait_with(lambda: self.send_control(message, needs), 0)
 
@@ -214,14 +304,42 @@ class Connection:
         if self.state == "up":
             if needs and not self.flags & needs:
                 return
-            pieces: list[bytes] = [_FRAME_START]
-            etf.encode_into(pieces, message)
-            pieces.append(_PAYLOAD_START)
-            etf.encode_into(pieces, payload)
-            self._enqueue(pieces)
+            if self._large and (ahead := self._ahead_of(message)) is not None:
+                kept = EncodedTerm(etf.encode_term(payload))
+                ahead.followers.append(lambda: self.send_message(message, kept))
+                ahead.size += len(kept.data)
+                self._large_bytes += len(kept.data)
+            elif self._writer is not None:
+                made = self._writer.message(message, payload)
+                if made.size > FRAGMENT_BYTES and self.flags & FRAGMENTS:
+                    self._begin_large(message, made)
+                else:
+                    self._enqueue(made.frame())
+            else:
+                pieces: list[bytes] = [_FRAME_START]
+                etf.encode_into(pieces, message)
+                pieces.append(_PAYLOAD_START)
+                etf.encode_into(pieces, payload)
+                self._enqueue(pieces)
         elif self.state == "connecting":
             kept = EncodedTerm(etf.encode_term(payload))
             self._wait_with(lambda: self.send_message(message, kept, needs), len(kept.data))
+
+    def _ahead_of(self, message: tuple[Term, ...]) -> _Large | None:
+        """The last of the large messages under way that `message` must not overtake."""
+        client = self._node.client.pid
+        for large in reversed(self._large):
+            if large.must_stay_ahead_of(message, client):
+                return large
+        return None
+
+    def _begin_large(self, message: tuple[Term, ...], made: OutgoingMessage) -> None:
+        self._sequence_id += 1
+        frames = made.fragments(self._sequence_id)
+        # The first one carries the header, which must leave before that of any later message.
+        self._enqueue(next(frames))
+        self._large.append(_Large(message, frames, made.size))
+        self._large_bytes += made.size
 
     def send_reason(self, opcode: int, plain_opcode: int, ends: tuple[Term, ...], reason: Term) -> None:
         """Send an exit reason: as the payload of `opcode` if the peer knows that (`EXIT_PAYLOAD`), else within
@@ -246,6 +364,8 @@ class Connection:
         self._out_bytes += size + _WAITING_BYTES
         if self._out_bytes > MAX_QUEUED_BYTES:
             self._node.peers.connection_lost(self, f"MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} while connecting")
+        elif self._out_bytes > BUSY_BYTES:
+            self.busy = True
 
     def _enqueue(self, pieces: list[bytes]) -> None:
         size = sum(map(len, pieces))
@@ -260,20 +380,83 @@ class Connection:
     def flush(self) -> None:
         """Write what this loop turn has collected. Called by the node at the end of a turn."""
         self.queued = False
-        out = self._out
         protocol = self.protocol
-        if not out or protocol is None or protocol.transport is None:
+        if protocol is None or protocol.transport is None:
             return
         transport = protocol.transport
-        if self._out_bytes <= JOIN_BYTES:
-            transport.write(b"".join(out))
-        else:
-            transport.writelines(out)
-        self._out = []
-        self._out_bytes = 0
-        self._sent_since_tick = True
-        if transport.get_write_buffer_size() > MAX_QUEUED_BYTES:
+        out = self._out
+        if out:
+            if self._out_bytes <= JOIN_BYTES:
+                transport.write(b"".join(out))
+            else:
+                transport.writelines(out)
+            self._out = []
+            self._out_bytes = 0
+            self._sent_since_tick = True
+        if self._large and not self._paused:
+            self._write_large(transport)
+        if self._paused or self._large or self.busy:
+            self._look_at_backlog()
+
+    def _write_large(self, transport: asyncio.Transport) -> None:
+        """Write fragments of the large messages, in turn, as long as the transport takes them."""
+        while self._large and not self._paused:
+            large = self._large[0]
+            fragment = next(large.frames, None)
+            if fragment is not None:
+                size = sum(map(len, fragment))
+                transport.writelines([_pack_length(size), *fragment])
+                self._large.rotate(-1)
+                self._sent_since_tick = True
+                continue
+            self._large.popleft()
+            self._large_bytes -= large.size
+            for then in large.followers:
+                then()
+
+    def _look_at_backlog(self) -> None:
+        """Whether those who send to this peer have to wait, or need not any more."""
+        protocol = self.protocol
+        waits = self._out_bytes + self._large_bytes
+        if protocol is not None and protocol.transport is not None:
+            waits += protocol.transport.get_write_buffer_size()
+        self.busy = waits > BUSY_BYTES
+        if waits > MAX_QUEUED_BYTES:
             self.abort(f"peer does not read: MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} to wait for it")
+        elif not self.busy:
+            self._release()
+
+    def _release(self) -> None:
+        self.busy = False
+        drained, self._drained = self._drained, []
+        for waiter in drained:
+            if not waiter.done():
+                waiter.set_result(None)
+        held, self._held = self._held, set()
+        for process in held:
+            process.release()
+
+    def hold(self, process: Process) -> None:
+        """`process` has sent to this busy peer: it is not run until the peer has caught up."""
+        if process not in self._held:
+            self._held.add(process)
+            process.hold()
+
+    async def drain(self) -> None:
+        """Return when no more than `BUSY_BYTES` wait for this peer, or when it is gone."""
+        while self.busy:
+            waiter: asyncio.Future[None] = self._node.loop.create_future()
+            self._drained.append(waiter)
+            await waiter
+
+    def pause(self) -> None:
+        """The transport has enough for now."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """The transport takes more."""
+        self._paused = False
+        self.flush()
 
     def take_over(self, protocol: PeerProtocol, flags: DistributionFlag, creation: int) -> None:
         """The handshake is done: this stream now carries the connection, and what waited is sent."""
@@ -282,18 +465,26 @@ class Connection:
         self.flags = int(flags)
         self.creation = creation
         self.state = "up"
-        if not flags & DistributionFlag.SEND_SENDER:
+        if not self.flags & SEND_SENDER:
             self._op_send = control.OP_SEND
+        if self.flags & DIST_HDR_ATOM_CACHE:
+            self.reader = HeaderReader(self.atoms)
+            self._writer = HeaderWriter()
+        if protocol.transport is not None:
+            protocol.transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self._out_bytes = 0
         waiting, self._waiting = self._waiting, []
         for then in waiting:
             then()
+        self._look_at_backlog()
 
     def drop_output(self) -> None:
         """The connection is down: what has not been written never will be."""
         self._out.clear()
         self._waiting.clear()
-        self._out_bytes = 0
+        self._large.clear()
+        self._out_bytes = self._large_bytes = 0
+        self._release()
 
     def drop_link(self, process: Process, other: Pid) -> None:
         """`process` is no longer linked with `other`, which lives there."""
@@ -461,6 +652,14 @@ class PeerProtocol(asyncio.Protocol):
             error = self._error or HandshakeError(f"{why} {self._handshake.describe_stall()}")
             self._handshake = None
         self._node.peers.stream_ended(self, why, error)
+
+    def pause_writing(self) -> None:
+        if self.connection is not None:
+            self.connection.pause()
+
+    def resume_writing(self) -> None:
+        if self.connection is not None:
+            self.connection.resume()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -26,7 +26,7 @@ from gater.erl.connection import MAX_FRAME_BYTES, Connection
 from gater.erl.epmd import BuiltinEpmd, EpmdPortInUse, EpmdUnavailable, Registration, register
 from gater.erl.errors import NodeError
 from gater.erl.exports import Exports
-from gater.erl.handshake import OUR_FLAGS, node_name_fault
+from gater.erl.handshake import HEADER_FLAGS, OUR_FLAGS, node_name_fault
 from gater.erl.peers import MAX_PEERS, NodeWatcher, Peers
 from gater.erl.process import SHUTDOWN, Mailbox, Process, Receiver, described
 from gater.erl.routing import Router
@@ -80,6 +80,10 @@ class NodeOptions:
     max_peers: int = MAX_PEERS
     ticktime_s: float = TICKTIME_S
     max_frame_bytes: int = MAX_FRAME_BYTES
+    headers: bool = True
+    """Offer distribution headers: an atom cache, and fragments between which small messages pass. A node that passes on
+    much without looking at it (`spine_levels`) is faster without them: terms that refer to a cache have to be
+    rewritten."""
     cookies: dict[str, str] = field(default_factory=dict)
     """Cookies for single peers, by node name; all others share the node's own."""
 
@@ -100,7 +104,7 @@ class Node:
             if not each.isascii() or not each:
                 raise NodeError("a cookie is one or more ASCII characters")
         self.creation = 0
-        self.flags = OUR_FLAGS
+        self.flags = OUR_FLAGS | HEADER_FLAGS if self.options.headers else OUR_FLAGS
         self.group_leader: Pid | None = None
         self.on_start: list[Callable[[], None]] = []
         self.started_at = 0.0
@@ -474,7 +478,10 @@ class Node:
                 if process is not None:
                     process.deliver(message)
                 return
-            self.peers.connection(to.node).send(sender or self.client.pid, to, message)
+            connection = self.peers.connection(to.node)
+            connection.send(sender or self.client.pid, to, message)
+            if connection.busy:
+                self._hold(sender, connection)
         elif kind is Reference:
             if to.node is self.name:
                 alias = self.alias(to)
@@ -482,20 +489,40 @@ class Node:
                     self.deliver_to_alias(to, alias, message)
                 return
             origin = sender or self.client.pid
-            self.peers.connection(to.node).send_message((control.OP_ALIAS_SEND, origin, to), message)
+            connection = self.peers.connection(to.node)
+            connection.send_message((control.OP_ALIAS_SEND, origin, to), message)
+            if connection.busy:
+                self._hold(sender, connection)
         elif kind is tuple and len(to) == 2:
             name, node = _address(to)
             if node is self.name:
                 self.send(name, message)
                 return
             origin = sender or self.client.pid
-            self.peers.connection(node).send_message((control.OP_REG_SEND, origin, control.UNUSED, name), message)
+            connection = self.peers.connection(node)
+            connection.send_message((control.OP_REG_SEND, origin, control.UNUSED, name), message)
+            if connection.busy:
+                self._hold(sender, connection)
         elif kind is Atom or kind is str:
             process = self._names.get(to if kind is Atom else Atom(to))
             if process is not None:
                 process.deliver(message)
         else:
             raise TypeError(f"cannot send to {to!r}: expected a pid, an alias, a name or {{Name, Node}}")
+
+    def _hold(self, sender: Pid | None, connection: Connection) -> None:
+        process = None if sender is None else self.process(sender)
+        if process is not None and process is not self._client:
+            connection.hold(process)
+
+    async def drain(self, peer: str | Atom) -> None:
+        """Wait until `peer` has taken so much of what was sent to it that sending more is reasonable.
+
+        Processes wait by themselves (they are not run meanwhile); this is for code outside of processes.
+        """
+        connection = self.peers.table.get(Atom(str(peer)))
+        if connection is not None and connection.busy:
+            await connection.drain()
 
     def reply(self, caller: tuple[Pid, Term], answer: Term, sender: Pid | None = None) -> None:
         """Answer a `gen_server:call`: `caller` is the From it came with.

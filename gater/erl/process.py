@@ -133,6 +133,7 @@ class Process:
 
     __slots__ = (
         "_busy",
+        "_holds",
         "_mailbox",
         "_task",
         "aliases",
@@ -177,6 +178,7 @@ class Process:
         self.scheduled = False
         self._mailbox: deque[Term] = deque()
         self._busy = False
+        self._holds = 0
         self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -191,7 +193,7 @@ class Process:
             return
         mailbox = self._mailbox
         mailbox.append(message)
-        if not self.scheduled and not self._busy:
+        if not self.scheduled and not self._busy and not self._holds:
             self.scheduled = True
             self.node.schedule(self)
         elif len(mailbox) > MAX_MAILBOX_MESSAGES:
@@ -204,7 +206,7 @@ class Process:
         mailbox = self._mailbox
         receive = self.receiver.receive
         handled = 0
-        while mailbox and not self._busy and self.alive:
+        while mailbox and not self._busy and not self._holds and self.alive:
             if handled == budget:
                 self.scheduled = True
                 self.node.schedule(self)
@@ -227,6 +229,7 @@ class Process:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._task = None
+        self._busy = False
         if not self.alive:
             if not task.cancelled():
                 task.exception()
@@ -238,16 +241,19 @@ class Process:
         if error is not None:
             self._failed(error)
         else:
-            self.release()
+            self._go_on()
 
     def hold(self) -> None:
-        """Let messages wait until `release`: the process is not ready for them yet."""
-        self._busy = True
+        """Let messages wait until `release`, called as often: the process is not ready for them."""
+        self._holds += 1
 
     def release(self) -> None:
         """Handle the messages that wait since `hold`, and those that come."""
-        self._busy = False
-        if self._mailbox and self.alive and not self.scheduled:
+        self._holds -= 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._mailbox and self.alive and not (self.scheduled or self._busy or self._holds):
             self.scheduled = True
             self.node.schedule(self)
 

@@ -10,7 +10,7 @@ a protocol error, as answering it would make us dial that node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from gater.erl import control, etf
@@ -41,13 +41,39 @@ ExitMessage: TypeAlias = (
 _NOTSUP: Final = Atom("notsup")
 
 
+class Payload:
+    """The part of a message behind its control tuple, not decoded yet."""
+
+    __slots__ = ("_atoms", "_cache", "_data", "_position")
+
+    def __init__(self, atoms: etf.AtomTable, data: bytes, position: int, cache: Sequence[Term] | None) -> None:
+        self._atoms = atoms
+        self._data = data
+        self._position = position
+        self._cache = cache
+
+    def read(self, spine_levels: int | None) -> Term:
+        """The term, decoded as deep as asked for (`etf.decode_spine`), or whole."""
+        data, position, cache = self._data, self._position, self._cache
+        if cache is None:
+            if position >= len(data) or data[position] != VERSION:
+                raise RemoteProtocolError("the control message announces a payload, but none follows")
+            position += 1
+        if spine_levels is not None:
+            return etf.decode_spine(data, position, spine_levels, self._atoms, cache)
+        term, end = etf.decode_term(data, position, self._atoms, cache)
+        if end != len(data):
+            raise RemoteProtocolError(f"{len(data) - end} bytes follow the payload")
+        return term
+
+
 class Router:
     """Carries out what peers of one node send."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._signals = node.signals
-        self._messages: dict[int, Callable[[Connection, tuple[Term, ...], bytes, int], None]] = {
+        self._messages: dict[int, Callable[[Connection, tuple[Term, ...], Payload], None]] = {
             control.OP_SEND: self._on_send,
             control.OP_SEND_TT: self._on_send,
             control.OP_SEND_SENDER: self._on_send,
@@ -85,51 +111,50 @@ class Router:
 
     def route(self, connection: Connection, frame: bytes) -> None:
         """Carry out one distribution message. Raises `RemoteProtocolError` for what the protocol does not allow."""
-        if len(frame) < 3 or frame[0] != PASS_THROUGH or frame[1] != VERSION:
+        reader = connection.reader
+        cache: Sequence[Term] | None = None
+        if reader is not None:
+            whole = reader.receive(frame)
+            if whole is None:
+                return
+            frame, position, cache = whole.data, whole.pos, whole.atoms
+        elif len(frame) < 3 or frame[0] != PASS_THROUGH or frame[1] != VERSION:
             raise RemoteProtocolError(f"a distribution message begins with 112, 131; this one with {list(frame[:2])}")
-        term, position = etf.decode_term(frame, 2, connection.atoms)
+        else:
+            position = 2
+        term, position = etf.decode_term(frame, position, connection.atoms, cache)
         if type(term) is not tuple or not term or type(term[0]) is not int:
             raise RemoteProtocolError("a control message is a tuple that begins with a number")
+        payload = Payload(connection.atoms, frame, position, cache)
         handler = self._messages.get(term[0])
         if handler is not None:
-            handler(connection, term, frame, position)
+            handler(connection, term, payload)
             return
         message = control.parse(term)
-        payload = self._payload(connection, frame, position, None) if message.has_payload else None
-        self._parsed[type(message)](connection, message, payload)
-
-    def _payload(self, connection: Connection, frame: bytes, position: int, spine_levels: int | None) -> Term:
-        if position >= len(frame) or frame[position] != VERSION:
-            raise RemoteProtocolError("the control message announces a payload, but none follows")
-        if spine_levels is not None:
-            return etf.decode_spine(frame, position + 1, spine_levels, connection.atoms)
-        term, end = etf.decode_term(frame, position + 1, connection.atoms)
-        if end != len(frame):
-            raise RemoteProtocolError(f"{len(frame) - end} bytes follow the payload")
-        return term
+        self._parsed[type(message)](connection, message, payload.read(None) if message.has_payload else None)
 
     # Messages
 
-    def _on_send(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+    def _on_send(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
         if len(term) < 3 or type(term[2]) is not Pid:
             raise RemoteProtocolError("SEND and SEND_SENDER name a pid as their receiver")
         process = self._node.process(term[2])
         if process is not None:
-            process.deliver(self._payload(connection, frame, position, process.spine_levels))
+            process.deliver(payload.read(process.spine_levels))
 
-    def _on_reg_send(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+    def _on_reg_send(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
         if len(term) < 4:
             raise RemoteProtocolError("REG_SEND has four elements")
         process = self._node.find(term[3])
         if process is not None:
-            process.deliver(self._payload(connection, frame, position, process.spine_levels))
+            process.deliver(payload.read(process.spine_levels))
 
-    def _on_alias_send(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+    def _on_alias_send(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
         if len(term) < 3 or type(term[2]) is not Reference:
             raise RemoteProtocolError("ALIAS_SEND names a reference as its receiver")
         alias = self._node.alias(term[2])
         if alias is not None:
-            self._node.deliver_to_alias(term[2], alias, self._payload(connection, frame, position, alias.spine_levels))
+            self._node.deliver_to_alias(term[2], alias, payload.read(alias.spine_levels))
 
     def _on_altact(self, connection: Connection, message: control.AltActSigSend, payload: Term) -> None:
         if not message.flags & control.AltActFlag.EXIT:
@@ -143,7 +168,7 @@ class Router:
 
     # Monitors
 
-    def _on_monitor(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+    def _on_monitor(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
         if len(term) != 4 or type(term[1]) is not Pid or type(term[3]) is not Reference:
             control.parse(term)
         _, watcher, target, reference = term
@@ -159,7 +184,7 @@ class Router:
         process.monitored_by[reference] = (watcher, target)
         watched[reference] = process
 
-    def _on_demonitor(self, connection: Connection, term: tuple[Term, ...], frame: bytes, position: int) -> None:
+    def _on_demonitor(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
         if len(term) != 4 or type(term[3]) is not Reference:
             control.parse(term)
         process = connection.watched.pop(term[3], None)
