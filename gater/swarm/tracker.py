@@ -303,6 +303,11 @@ class Tracker:
         """The members but us, in the order they came."""
         return list(self._members)
 
+    def is_synced(self, node: Atom) -> bool:
+        """Whether this member has told us its registry since it came up."""
+        member = self._members.get(node)
+        return member is not None and member.synced
+
     @property
     def contested(self) -> list[Entry]:
         """Claims that have lost a name and are not yet taken back: empty when the cluster is quiet."""
@@ -637,6 +642,8 @@ class Tracker:
             self._sync_deadline = None
         if isinstance(message, SyncAck) and node in self._awaiting:
             self._awaiting[node] = float("inf")
+        # What makes us want its registry again while we merge this one is not settled by it.
+        self._members[node].sync_due = None
         entries = list(message.entries)
         entries.reverse()
         self._add_job(_Merge(node, replace(message, entries=()), entries, self._now, ours))
@@ -645,19 +652,19 @@ class Tracker:
         budget = self.options.merge_chunk
         while self._jobs and budget > 0:
             job = self._jobs[0]
-            # A job of nothing costs something too.
-            budget -= 1
             if isinstance(job, _Merge):
                 while job.entries and budget > 0:
                     self._merge_entry(job, job.entries.pop())
                     budget -= 1
                 if not job.entries:
+                    budget -= 1
                     self._jobs[0] = _Purge(job.node, self._claims.pids_on_node(job.node), merged=job)
             else:
                 while job.pids and budget > 0:
                     self._purge(job, job.pids.pop())
                     budget -= 1
                 if not job.pids:
+                    budget -= 1
                     self._jobs.popleft()
                     if job.merged is not None:
                         self._merged(job.merged)
@@ -767,7 +774,6 @@ class Tracker:
             if not self._claims.of_pid(pid):
                 self._emit(Demonitor(pid))
         member.synced = True
-        member.sync_due = None
         member.failures = 0
         member.last_sync = self._now
         if isinstance(message, SyncRecv):

@@ -1,0 +1,106 @@
+"""Whole registries on the wire, in pieces: a registry of 10^5 names is some ten megabytes and a second's work.
+
+`sync_recv` and `sync_ack` carry a registry as one list. What comes in is decoded entry by entry while it is merged,
+what goes out is encoded some entries at a time, so that other traffic has its turn in between (`peer.py` says when).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Final, overload
+
+from gater.erl import etf
+from gater.erl.errors import ErlError, RemoteProtocolError
+from gater.erl.terms import EncodedTerm, Term
+
+SLICE_S: Final = 0.004
+"""How long to encode before others have their turn."""
+
+_ENTRIES_BETWEEN_LOOKS: Final = 50
+"""Entries encoded before the clock is looked at: half a millisecond."""
+
+_LIST: Final = 108
+_NIL: Final = 106
+_LIST_HEAD_BYTES: Final = 5
+_END: Final = bytes((_NIL,))
+
+
+class IncomingList(Sequence[Term]):
+    """The elements of an encoded list, each decoded when it is asked for: once, and in order.
+
+    `on_bad(error)` is told when the bytes turn out to be no list; the elements end there, after one None.
+    Raises `RemoteProtocolError` if they do not even begin as one.
+    """
+
+    def __init__(self, encoded: EncodedTerm, atoms: etf.AtomTable, on_bad: Callable[[ErlError], object]) -> None:
+        data = encoded.data
+        self._data = data
+        self._atoms = atoms
+        self._on_bad = on_bad
+        self._count = 0
+        self._next = 0
+        self._position = _LIST_HEAD_BYTES
+        if data == _END:
+            return
+        if data[0] != _LIST or len(data) < _LIST_HEAD_BYTES:
+            raise RemoteProtocolError(f"expected a list, got a term with tag {data[0]}")
+        self._count = int.from_bytes(data[1:_LIST_HEAD_BYTES], "big")
+        if self._count > len(data) - _LIST_HEAD_BYTES:
+            raise RemoteProtocolError(f"{self._count} elements do not fit into {len(data)} bytes")
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Term: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Term]: ...
+
+    def __getitem__(self, index: int | slice) -> Term:
+        if index != self._next or self._next >= self._count:
+            raise IndexError(f"the next element is number {self._next} of {self._count}, asked for {index!r}")
+        try:
+            term, self._position = etf.decode_term(self._data, self._position, self._atoms)
+            if self._next + 1 == self._count and self._data[self._position :] != _END:
+                raise RemoteProtocolError("the list does not end where it should")
+        except ErlError as error:
+            self._count = self._next
+            self._on_bad(error)
+            return None
+        self._next += 1
+        return term
+
+
+class OutgoingList:
+    """A list being encoded: call `work` until it says that all is done, then take `encoded`."""
+
+    def __init__(self, count: int, terms: Iterable[Term]) -> None:
+        self._terms: Iterator[Term] = iter(terms)
+        self._parts = [bytes((_LIST,)) + count.to_bytes(4, "big") if count else b""]
+        self._done = False
+
+    def work(self, slice_s: float = SLICE_S) -> bool:
+        """Encode for `slice_s` seconds, or to the end: then True. Raises `EncodeError` for what is no term."""
+        until = monotonic() + slice_s
+        while not self._done:
+            pieces: list[bytes] = []
+            for _ in range(_ENTRIES_BETWEEN_LOOKS):
+                try:
+                    term = next(self._terms)
+                except StopIteration:
+                    pieces.append(_END)
+                    self._done = True
+                    break
+                etf.encode_into(pieces, term)
+            self._parts.append(b"".join(pieces))
+            if monotonic() >= until:
+                break
+        return self._done
+
+    @property
+    def encoded(self) -> EncodedTerm:
+        """The list, once `work` has said that it is complete."""
+        assert self._done, "not encoded yet"
+        return EncodedTerm(b"".join(self._parts))
