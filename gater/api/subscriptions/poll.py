@@ -22,6 +22,10 @@ MAX_CREDIT_S: Final = 1.0
 BLIND_S: Final = 5.0
 """Between two counts while the index cannot be read."""
 
+CONFIRM_S: Final = 5.0
+"""After the last count that followed a change the streams are counted once more: the member of the store that was
+asked may have been behind the one that told the index."""
+
 ANSWER_S: Final = 10.0
 """After this time a question counts as failed, whoever should have answered it."""
 
@@ -43,6 +47,7 @@ class PollPlan:
         self._last_cost = 0.0
         self._retry_at = now
         self._must = True
+        self._confirm_at = float("inf")
 
     def must_count(self) -> None:
         """Somebody needs fresh counts, changed or not."""
@@ -71,9 +76,10 @@ class PollPlan:
         """Whether to ask for the counts now; if so they count as asked."""
         if self._asked_counts is not None and now - self._asked_counts < ANSWER_S:
             return False
-        if not self._wants_counts or now < self._affordable_at(now):
+        if not self._wants_counts(now) or now < self._affordable_at(now):
             return False
         self._asked_counts = now
+        self._confirm_at = float("inf") if now >= self._confirm_at else now + CONFIRM_S
         self._counting_at = self._index
         self._must = False
         return True
@@ -90,16 +96,17 @@ class PollPlan:
             self._must = True
             self._retry_at = now + 1.0
 
-    @property
-    def _wants_counts(self) -> bool:
-        return self._must or self._index != self._counted_at
+    def _wants_counts(self, now: float) -> bool:
+        return self._must or self._index != self._counted_at or now >= self._confirm_at
 
     def deadline(self, now: float) -> float:
         """When something will be due."""
         index = self._next_index if self._asked_index is None else self._asked_index + ANSWER_S
         if self._asked_counts is not None:
             return min(index, self._asked_counts + ANSWER_S)
-        return min(index, self._affordable_at(now)) if self._wants_counts else index
+        if self._wants_counts(now):
+            return min(index, self._affordable_at(now))
+        return min(index, max(self._confirm_at, self._affordable_at(now)))
 
     def _affordable_at(self, now: float) -> float:
         self._pay(now)

@@ -23,6 +23,9 @@ from gater.api.subscriptions.protocol import Effect, Event, Key, SaveCheckpoint,
 READS: Final = 4
 """Reads of one subscription under way at once, so that one that catches up leaves room for the others."""
 
+MIN_ROOM: Final = 50
+"""Events kept at least, however small the window is: the store is not asked for each one."""
+
 SCAN_SAVE_S: Final = 30.0
 """How often streams are saved in which nothing was wanted: after a crash so much is read again, to no effect."""
 
@@ -49,7 +52,7 @@ class Subscription:
         self.must_save_start = self.begins_now and spec.persistent
         """Where it began is known to nobody else yet: another gateway would begin later and miss what came between."""
         self.delivery = Delivery(key, spec.options, effects)
-        self.backlog = Backlog(2 * spec.options.window)
+        self.backlog = Backlog(max(2 * spec.options.window, MIN_ROOM))
         self.checkpoint = Checkpoint()
         self.scanned = 0
         """How far in the feed's sequence of moves this subscription has saved where it stands."""
@@ -170,6 +173,8 @@ class Subscription:
                 if delivery.room_of(subscriber):
                     backlog.unstick(subscriber, now)
             self._catch_up(now)
+        # What is sent counts as acknowledged with `auto_ack`: first sent, then saved.
+        delivery.flush()
         if self.spec.persistent:
             for stream in delivery.progressed:
                 self.checkpoint.moved(stream, now)
@@ -180,7 +185,6 @@ class Subscription:
             if now >= self.checkpoint.deadline:
                 self.save(token, now)
         delivery.progressed.clear()
-        delivery.flush()
 
     def _catch_up(self, now: float) -> None:
         delivery, backlog = self.delivery, self.backlog

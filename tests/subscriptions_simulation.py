@@ -1,0 +1,542 @@
+"""A world for the subscription engine: a store, hints, subscribers and gateways, all of them unreliable.
+
+One schedule is decided by one seed. `Simulation(seed).run()` raises AssertionError when a promise is broken:
+every wanted event is delivered at least once and in order within its stream, nothing that was acknowledged comes again
+(but after a crash what was acknowledged since the last checkpoint), no checkpoint is ahead of acknowledgement, windows
+and buffers hold, and when all faults are over everything is dealt with and the engine comes to rest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any
+
+from gater.api import schema
+from gater.api.subscriptions import Feed, Matcher, compile_selector
+from gater.api.subscriptions import protocol as p
+from gater.api.subscriptions.backlog import PAGE_EVENTS
+from gater.api.subscriptions.protocol import Action, Event, Options, Spec, Start, Strategy, event_of
+from gater.api.subscriptions.subscription import MIN_ROOM
+from gater.erl.terms import Atom
+
+MAX_STEPS = 200_000
+MAX_STEPS_AT_ONE_TIME = 5_000
+TOTAL = Atom("total")
+
+
+@dataclass
+class Sub:
+    """What the world knows of one subscription, whoever serves it."""
+
+    key: str
+    spec: Spec
+    matcher: Matcher
+    subscribers: int
+    first: dict[bytes, int] = field(default_factory=dict)
+    """The first number it must get in each stream; others from 0 or `start`."""
+    started: bool = False
+    saved: dict[bytes, int] | None = None
+    parked: dict[tuple[bytes, int], Event] = field(default_factory=dict)
+    done: set[tuple[bytes, int]] = field(default_factory=set)
+    parking: set[tuple[bytes, int]] = field(default_factory=set)
+    delivered: Counter[tuple[bytes, int]] = field(default_factory=Counter)
+    skipped_by_checkpoint: dict[bytes, int] = field(default_factory=dict)
+    last: dict[tuple[Any, bytes], int] = field(default_factory=dict)
+    holding: dict[Any, set[tuple[bytes, int]]] = field(default_factory=lambda: defaultdict(set))
+    alive: set[str] = field(default_factory=set)
+    incarnations: int = 0
+    stopped: bool = False
+    stops: int = 0
+
+    def first_of(self, stream: bytes) -> int:
+        lowest = self.spec.start if isinstance(self.spec.start, int) else 0
+        return self.first.get(stream, lowest)
+
+
+class Simulation:
+    """One schedule."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = rng = random.Random(seed)
+        self.seed = seed
+        self.now = 0.0
+        self.steps = 0
+        self.store: dict[bytes, list[Event]] = {}
+        self.epoch = 0
+        self.index = 0
+        self.queue: list[tuple[float, int, Any]] = []
+        self.serial = 0
+        self.life = 0
+        self.feed: Feed | None = None
+        self.tick_at = float("inf")
+        self.calm = False
+        self.latency = rng.choice([0.0, 0.002, 0.05])
+        self.hint_loss = rng.choice([0.0, 0.3, 1.0])
+        self.stale = rng.choice([0.0, 0.2])
+        self.read_failure = rng.choice([0.0, 0.1])
+        self.save_failure = rng.choice([0.0, 0.2])
+        self.nack = rng.choice([0.0, 0.15])
+        self.hang = rng.choice([0.0, 0.1])
+        self.crashes = rng.choice([0, 0, 1, 3])
+        self.deaths = rng.choice([0, 2, 5])
+        streams = rng.choice([1, 3, 8])
+        self.streams = [b"s%d" % number for number in range(streams)]
+        self.appends = rng.choice([5, 30, 80])
+        for _ in range(rng.choice([0, 0, 10, 40])):
+            self.append(hinted=False)
+        self.subs = {f"sub{number}": self.make_sub(f"sub{number}") for number in range(rng.choice([1, 1, 2, 4]))}
+
+    # The world
+
+    def make_sub(self, key: str) -> Sub:
+        rng = self.random
+        kind, selector = rng.choice(
+            [
+                (schema.BY_STREAM, b"$all"),
+                (schema.BY_STREAM, b"$" + rng.choice(self.streams)),
+                (schema.BY_EVENT_TYPE, b"a"),
+                (schema.BY_EVENT_PATTERN, {schema.EVENT_TYPE: b"b", schema.DATA: {TOTAL: 1}}),
+                (schema.BY_EVENT_PAYLOAD, {TOTAL: 0}),
+            ]
+        )
+        strategy = rng.choice(list(Strategy))
+        options = Options(
+            auto_ack=rng.random() < 0.15,
+            window=rng.choice([1, 3, 100]),
+            batch_size=rng.choice([1, 1, 10]),
+            ack_timeout_s=rng.choice([1.0, 5.0]),
+            max_retries=rng.choice([0, 2, 10]),
+            strategy=strategy,
+        )
+        persistent = rng.random() < 0.7
+        start: int | Start = rng.choice([0, 0, 3, Start.NOW])
+        spec = Spec(kind, selector, start, persistent, options)
+        return Sub(key, spec, compile_selector(kind, selector), rng.choice([1, 1, 3]))
+
+    def append(self, *, hinted: bool = True) -> None:
+        rng = self.random
+        stream = rng.choice(self.streams)
+        events = self.store.setdefault(stream, [])
+        new = []
+        for _ in range(rng.choice([1, 1, 1, 5])):
+            self.epoch += rng.choice([0, 1, 5])
+            record = {
+                schema.EVENT_STREAM_ID: stream,
+                schema.EVENT_NUMBER: len(events),
+                schema.EVENT_TYPE: rng.choice([b"a", b"b"]),
+                schema.CREATED_EPOCH: self.epoch,
+                schema.DATA: {TOTAL: rng.choice([0, 1]), Atom("more"): 1},
+            }
+            events.append(event_of(record))
+            new.append(events[-1])
+        self.index += 1
+        if hinted:
+            for _ in range(rng.choice([1, 1, 2])):
+                if rng.random() >= self.hint_loss:
+                    carried = tuple(new) if rng.random() < 0.5 else ()
+                    late = rng.choice([0.0, 0.001, 0.5])
+                    self.later(late, p.Hint(stream, new[-1].number, carried))
+        if rng.random() < 0.05:
+            self.later(0.0, p.Hint(rng.choice([stream, b"nowhere"]), 10**6))
+
+    def later(self, delay: float, what: Any) -> None:
+        self.serial += 1
+        heappush(self.queue, (self.now + delay, self.serial, (self.life, what)))
+
+    def soon(self, what: Any) -> None:
+        self.later(self.latency * self.random.random(), what)
+
+    def wanted(self, sub: Sub, stream: bytes) -> list[Event]:
+        first = sub.first_of(stream)
+        return [event for event in self.store.get(stream, ()) if event.number >= first and sub.matcher.wants(event)]
+
+    # Gateways
+
+    def gateway_up(self) -> None:
+        self.life += 1
+        self.feed = Feed(self.now)
+        self.tick_at = float("inf")
+        for sub in self.subs.values():
+            sub.last.clear()
+            sub.holding.clear()
+            sub.alive.clear()
+            sub.parking.clear()
+            sub.stopped = False
+            sub.skipped_by_checkpoint = dict(sub.saved or {})
+            if not sub.spec.persistent:
+                # It ended with its gateway; the next one is another subscription.
+                sub.done.clear()
+                sub.delivered.clear()
+                sub.first.clear()
+                sub.started = False
+                sub.parked.clear()
+            else:
+                # What was acknowledged after the last checkpoint comes again, and rightly so.
+                saved = sub.saved or {}
+                sub.done = {
+                    (stream, number) for stream, number in sub.done if number < saved.get(stream, sub.first_of(stream))
+                }
+                sub.parked = {at: event for at, event in sub.parked.items() if at in sub.done}
+            for _ in range(sub.subscribers):
+                self.join(sub)
+
+    def gateway_crash(self) -> None:
+        # What was on its way to the store may still arrive there.
+        for _, _, (life, what) in list(self.queue):
+            if life == self.life and isinstance(what, tuple) and what[0] == "save" and self.random.random() < 0.5:
+                self.store_checkpoint(what[1])
+        self.feed = None
+        self.life += 1
+
+    def join(self, sub: Sub) -> None:
+        sub.incarnations += 1
+        name = f"{sub.key}/{sub.incarnations}"
+        sub.alive.add(name)
+        sub.stopped = False
+        if sub.spec.start is Start.NOW and not sub.started:
+            # It may begin anywhere until it says where; what counts is what comes after that.
+            sub.first = {}
+        self.feed_in(p.Subscribe(sub.key, sub.spec, name, None if sub.saved is None else dict(sub.saved)))
+
+    def subscriber_dies(self, sub: Sub) -> None:
+        if not sub.alive:
+            return
+        name = self.random.choice(sorted(sub.alive))
+        sub.alive.discard(name)
+        sub.holding.pop(name, None)
+        for key in [key for key in sub.last if key[0] == name]:
+            del sub.last[key]
+        if not sub.spec.persistent and not sub.alive:
+            # A transient subscription is over, and a new one begins where it begins.
+            self.feed_in(p.SubscriberDown(name))
+            assert self.feed is None or sub.key not in self.feed
+            sub.done.clear()
+            sub.delivered.clear()
+            sub.first.clear()
+            sub.parked.clear()
+            sub.started = False
+        else:
+            self.feed_in(p.SubscriberDown(name, self.random.choice([None, sub.key])))
+        self.later(self.random.choice([0.0, 0.5, 3.0]), ("join", sub.key))
+
+    # The engine
+
+    def feed_in(self, input: p.Input) -> None:
+        if self.feed is None:
+            return
+        self.sent: list[tuple[Sub, Event]] = []
+        for effect in self.feed.receive(input, self.now):
+            self.carry_out(effect)
+        for sub, event in self.sent:
+            # Several subscribers: what goes out at the same time has no order.
+            self.check_none_left_out(sub, event)
+        deadline = self.feed.deadline
+        if deadline < self.tick_at:
+            self.tick_at = deadline
+
+    def carry_out(self, effect: p.Effect) -> None:
+        rng = self.random
+        match effect:
+            case p.ReadPage(_, _, _, count):
+                assert count >= 1
+                self.soon(("read", effect))
+            case p.ReadCounts() | p.ReadIndex():
+                self.soon(("read", effect))
+            case p.Deliver(key, subscriber, events):
+                self.delivered(self.subs[str(key)], str(subscriber), events)
+            case p.SaveCheckpoint(key, _, positions):
+                self.check_checkpoint(self.subs[str(key)], positions)
+                self.soon(("save", effect))
+            case p.Park(key, event, _, _):
+                self.subs[str(key)].parking.add((event.stream, event.number))
+                self.soon(("park", effect))
+            case p.DropParked(key, stream, number):
+                del self.subs[str(key)].parked[stream, number]
+            case p.Started(key):
+                self.started(self.subs[str(key)])
+            case p.Stopped(key):
+                sub = self.subs[str(key)]
+                sub.stopped = True
+                self.later(rng.choice([0.1, 2.0]), p.Resume(key))
+            case p.Ended(key):
+                assert not self.subs[str(key)].spec.persistent
+            case p.Refused():
+                raise AssertionError(effect)
+
+    def answer(self, effect: p.Effect) -> None:
+        """The store's answer to a read, sometimes from a member that lags behind."""
+        rng = self.random
+        fails = not self.calm and rng.random() < self.read_failure
+        lag = rng.randrange(4) if not self.calm and rng.random() < self.stale else 0
+        match effect:
+            case p.ReadPage(token, stream, start, count):
+                events = self.store.get(stream, [])
+                events = events[: max(0, len(events) - lag)]
+                self.soon(p.Page(token, None if fails else events[start : start + count]))
+            case p.ReadCounts(token, streams):
+                names = self.store if streams is None else streams
+                counts = {name: max(0, len(self.store.get(name, ())) - lag) for name in names}
+                self.soon(p.Counts(token, None if fails else counts, 0.01))
+            case p.ReadIndex(token):
+                # The index of a member that lags would be asked for again when it has caught up.
+                self.soon(p.Index(token, None if fails else self.index))
+
+    def store_checkpoint(self, effect: p.SaveCheckpoint) -> None:
+        sub = self.subs[str(effect.key)]
+        saved = sub.saved if sub.saved is not None else {}
+        for stream, number in effect.positions.items():
+            saved[stream] = max(number, saved.get(stream, 0))
+        sub.saved = saved
+
+    # Promises
+
+    def started(self, sub: Sub) -> None:
+        if sub.spec.start is Start.NOW and not sub.started:
+            # From here on everything counts; what came before may have been delivered or not.
+            sub.first = {stream: len(events) for stream, events in self.store.items()}
+        sub.started = True
+
+    def delivered(self, sub: Sub, subscriber: str, events: list[Event]) -> None:
+        assert subscriber in sub.alive, f"{subscriber} is gone"
+        assert 1 <= len(events) <= sub.spec.options.batch_size
+        assert not sub.stopped
+        for event in events:
+            at = (event.stream, event.number)
+            assert sub.matcher.wants(event), f"{sub.key} did not ask for {event}"
+            if at in sub.parked:
+                # Replayed: the order of its stream is behind it.
+                self.handle(sub, subscriber, event)
+                continue
+            if sub.spec.persistent:
+                below = sub.skipped_by_checkpoint.get(event.stream, 0)
+                assert event.number >= below, f"{event} came again though the checkpoint said {below}"
+            assert at not in sub.done, f"{event} came again though it was dealt with"
+            self.check_order(sub, subscriber, event)
+            sub.delivered[at] += 1
+            if sub.spec.options.auto_ack:
+                sub.done.add(at)
+            else:
+                sub.holding[subscriber].add(at)
+            self.handle(sub, subscriber, event)
+
+    def check_order(self, sub: Sub, subscriber: str, event: Event) -> None:
+        stream = event.stream
+        if sub.spec.start is Start.NOW and not sub.started:
+            return
+        self.sent.append((sub, event))
+        alone = sub.subscribers == 1 or sub.spec.options.strategy is Strategy.BY_STREAM
+        previous = sub.last.get((subscriber, stream))
+        sub.last[subscriber, stream] = event.number
+        if alone and previous is not None and previous < event.number:
+            for between in self.wanted(sub, stream):
+                if previous < between.number < event.number:
+                    at = (stream, between.number)
+                    assert at in sub.done or at in sub.parking, f"{event} after {previous}, without {between}"
+
+    def check_none_left_out(self, sub: Sub, event: Event) -> None:
+        for earlier in self.wanted(sub, event.stream):
+            at = (event.stream, earlier.number)
+            if earlier.number >= event.number:
+                break
+            below = sub.skipped_by_checkpoint.get(event.stream, 0) if sub.spec.persistent else 0
+            assert earlier.number < below or at in sub.done or sub.delivered[at], f"{event} before {earlier}"
+
+    def check_checkpoint(self, sub: Sub, positions: dict[bytes, int]) -> None:
+        assert sub.spec.persistent
+        for stream, number in positions.items():
+            for event in self.wanted(sub, stream):
+                if event.number < number:
+                    at = (stream, event.number)
+                    below = sub.skipped_by_checkpoint.get(stream, 0)
+                    if sub.spec.start is Start.NOW and not sub.started:
+                        continue
+                    assert at in sub.done or event.number < below, f"checkpoint {number} is ahead of {event}"
+
+    # Subscribers
+
+    def handle(self, sub: Sub, subscriber: str, event: Event) -> None:
+        if sub.spec.options.auto_ack:
+            return
+        rng = self.random
+        if self.calm or rng.random() >= self.hang + self.nack:
+            action = None
+        elif rng.random() < 0.5:
+            return
+        else:
+            action = rng.choice([Action.RETRY, Action.RETRY, Action.SKIP, Action.PARK, Action.STOP])
+            if action is Action.STOP:
+                sub.stops += 1
+                action = Action.RETRY if sub.stops > 3 else action
+        delay = rng.choice([0.0, 0.0, 0.01, 0.7])
+        self.later(delay, ("handled", sub.key, subscriber, event, action))
+
+    def handled(self, sub: Sub, subscriber: str, event: Event, action: Action | None) -> None:
+        if subscriber not in sub.alive or self.feed is None:
+            return
+        at = (event.stream, event.number)
+        if action is None or action is Action.SKIP:
+            outstanding = at in sub.holding[subscriber] or at in sub.parked
+            if action is None and outstanding:
+                sub.done.add(at)
+            sub.holding[subscriber].discard(at)
+        if action is None:
+            self.feed_in_done(sub, at, p.Ack(sub.key, event.stream, event.number))
+        else:
+            self.feed_in_done(sub, at, p.Nack(sub.key, event.stream, event.number, action))
+
+    def feed_in_done(self, sub: Sub, at: tuple[bytes, int], input: p.Input) -> None:
+        if isinstance(input, p.Ack) or (isinstance(input, p.Nack) and input.action is Action.SKIP):
+            # A skip of an event that waits already does nothing; it comes again then.
+            assert self.feed is not None
+            entry = self.feed._subscriptions[sub.key].delivery._entries.get(at)
+            known = entry is not None and (isinstance(input, p.Ack) or entry.state.name == "IN_FLIGHT")
+            if known and entry is not None and entry.state.name != "PARKING":
+                sub.done.add(at)
+            elif at in sub.done and entry is not None:
+                sub.done.discard(at)
+        self.sync_holding(sub)
+        self.feed_in(input)
+        self.sync_holding(sub)
+
+    def sync_holding(self, sub: Sub) -> None:
+        """Who holds what, as the engine sees it: what it took back does not count against a window."""
+        if self.feed is None or sub.key not in self.feed:
+            return
+        delivery = self.feed._subscriptions[sub.key].delivery
+        sub.holding = defaultdict(set)
+        for at, entry in delivery._entries.items():
+            if entry.subscriber is not None:
+                sub.holding[entry.subscriber.id].add(at)
+
+    # The schedule
+
+    def run(self) -> None:
+        rng = self.random
+        self.gateway_up()
+        at = 0.0
+        for _ in range(self.appends):
+            at += rng.choice([0.0, 0.0, 0.001, 0.02, 0.3])
+            self.later_in_world(at, "append")
+        for _ in range(self.deaths):
+            self.later_in_world(rng.random() * at, "death")
+        for _ in range(self.crashes):
+            self.later_in_world(rng.random() * at, "crash")
+        self.later_in_world(at + 1.0, "calm")
+        self.loop(at + 1.0)
+        self.loop(at + 2_000.0, until_quiet=True)
+        self.check_end()
+
+    def later_in_world(self, at: float, what: str) -> None:
+        self.serial += 1
+        heappush(self.queue, (at, self.serial, (None, what)))
+
+    def loop(self, until: float, *, until_quiet: bool = False) -> None:
+        at_one_time = 0
+        while True:
+            if until_quiet and self.is_quiet():
+                return
+            queued = self.queue[0][0] if self.queue else float("inf")
+            at = min(queued, self.tick_at if self.feed is not None else float("inf"))
+            if at > until:
+                assert not until_quiet, f"not quiet after {until} s: {self.unfinished()}"
+                self.now = until
+                return
+            at_one_time = 0 if at > self.now else at_one_time + 1
+            assert at_one_time < MAX_STEPS_AT_ONE_TIME, "the engine turns without getting anywhere"
+            self.steps += 1
+            assert self.steps < MAX_STEPS
+            self.now = max(self.now, at)
+            if queued <= at:
+                _, _, (life, what) = heappop(self.queue)
+                if life is None or life == self.life:
+                    self.step(what)
+            else:
+                self.tick_at = float("inf")
+                self.feed_in(p.Tick())
+            for sub in self.subs.values():
+                self.sync_holding(sub)
+                self.check_bounds(sub)
+
+    def step(self, what: Any) -> None:
+        match what:
+            case "append":
+                self.append()
+            case "crash":
+                if self.feed is not None:
+                    self.gateway_crash()
+                    self.later_in_world(self.now + self.random.choice([0.0, 1.0]), "up")
+            case "up":
+                if self.feed is None:
+                    self.gateway_up()
+            case "death":
+                self.subscriber_dies(self.subs[self.random.choice(sorted(self.subs))])
+            case "calm":
+                self.calm = True
+            case ("join", str(key)):
+                if len(self.subs[key].alive) < self.subs[key].subscribers:
+                    self.join(self.subs[key])
+            case ("read", effect):
+                self.answer(effect)
+            case ("save", p.SaveCheckpoint() as effect):
+                ok = self.calm or self.random.random() >= self.save_failure
+                if ok:
+                    self.store_checkpoint(effect)
+                self.soon(p.Saved(effect.key, effect.token, ok))
+            case ("park", p.Park(key, event, _, _)):
+                ok = self.calm or self.random.random() >= self.save_failure
+                if ok:
+                    sub = self.subs[str(key)]
+                    if str(key) in (self.feed or ()):
+                        sub.parked[event.stream, event.number] = event
+                        sub.done.add((event.stream, event.number))
+                self.soon(p.ParkSaved(key, event.stream, event.number, ok))
+            case ("handled", str(key), str(subscriber), Event() as event, action):
+                self.handled(self.subs[key], subscriber, event, action)
+            case p.Resume(key):
+                self.subs[str(key)].stopped = False
+                self.feed_in(what)
+            case _:
+                self.feed_in(what)
+
+    def check_bounds(self, sub: Sub) -> None:
+        if self.feed is None or sub.key not in self.feed:
+            return
+        status = self.feed.status(sub.key)
+        assert status is not None
+        for held in sub.holding.values():
+            assert len(held) <= sub.spec.options.window
+        assert status.buffered <= MIN_ROOM + 2 * sub.spec.options.window + PAGE_EVENTS
+
+    def unfinished(self) -> list[str]:
+        found = []
+        for sub in self.subs.values():
+            for stream in self.store:
+                for event in self.wanted(sub, stream):
+                    below = sub.skipped_by_checkpoint.get(stream, 0) if sub.spec.persistent else 0
+                    if (stream, event.number) not in sub.done and event.number >= below:
+                        found.append(f"{sub.key} {event}")
+        return found
+
+    def is_quiet(self) -> bool:
+        if self.feed is None or not self.calm or self.unfinished():
+            return False
+        for sub in self.subs.values():
+            status = self.feed.status(sub.key)
+            if status is None or status.in_flight or status.unsaved_streams or status.state != "live":
+                return False
+        return True
+
+    def check_end(self) -> None:
+        for sub in self.subs.values():
+            for stream, events in self.store.items():
+                for event in self.wanted(sub, stream):
+                    at = (stream, event.number)
+                    below = sub.skipped_by_checkpoint.get(stream, 0) if sub.spec.persistent else 0
+                    assert at in sub.done or event.number < below
+                    if sub.spec.persistent:
+                        assert sub.delivered[at] or at in sub.parked, f"{event} was never delivered to {sub.key}"
+                if sub.saved is not None:
+                    assert sub.saved.get(stream, 0) <= len(events)
