@@ -340,6 +340,8 @@ class Connection:
         self._enqueue(next(frames))
         self._large.append(_Large(message, frames, made.size))
         self._large_bytes += made.size
+        if self._large_bytes > BUSY_BYTES:
+            self.busy = True
 
     def send_reason(self, opcode: int, plain_opcode: int, ends: tuple[Term, ...], reason: Term) -> None:
         """Send an exit reason: as the payload of `opcode` if the peer knows that (`EXIT_PAYLOAD`), else within
@@ -373,6 +375,8 @@ class Connection:
         out.append(_pack_length(size))
         out += pieces
         self._out_bytes += size + 4
+        if self._out_bytes > BUSY_BYTES:
+            self.busy = True
         if not self.queued:
             self.queued = True
             self._node.flush_later(self)
@@ -384,19 +388,21 @@ class Connection:
         if protocol is None or protocol.transport is None:
             return
         transport = protocol.transport
-        out = self._out
-        if out:
-            if self._out_bytes <= JOIN_BYTES:
-                transport.write(b"".join(out))
-            else:
-                transport.writelines(out)
-            self._out = []
-            self._out_bytes = 0
-            self._sent_since_tick = True
+        if self._out:
+            self._write_out(transport)
         if self._large and not self._paused:
             self._write_large(transport)
         if self._paused or self._large or self.busy:
             self._look_at_backlog()
+
+    def _write_out(self, transport: asyncio.Transport) -> None:
+        if self._out_bytes <= JOIN_BYTES:
+            transport.write(b"".join(self._out))
+        else:
+            transport.writelines(self._out)
+        self._out = []
+        self._out_bytes = 0
+        self._sent_since_tick = True
 
     def _write_large(self, transport: asyncio.Transport) -> None:
         """Write fragments of the large messages, in turn, as long as the transport takes them."""
@@ -413,6 +419,9 @@ class Connection:
             self._large_bytes -= large.size
             for then in large.followers:
                 then()
+            if self._out:
+                # The beginning of a large one among them comes before the rest of it.
+                self._write_out(transport)
 
     def _look_at_backlog(self) -> None:
         """Whether those who send to this peer have to wait, or need not any more."""

@@ -1,0 +1,190 @@
+"""Large messages and slow peers: small messages pass, senders wait, nothing is lost or reordered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from node_kit import COOKIE, Collector, Counter, running, two_nodes, unique_name, wait_until
+from test_node import RawPeer
+
+from gater.erl import Node, NodeOptions
+from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES
+from gater.erl.dist_header import FRAGMENT_BYTES
+from gater.erl.gen_server import call, start_server
+from gater.erl.handshake import OUR_FLAGS, Completed, Handshake, LocalIdentity, Send
+from gater.erl.process import DOWN, PROCESS
+from gater.erl.terms import Atom, EncodedTerm, Pid
+
+LARGE = bytes(8 * 1024 * 1024)
+SMALL = Atom("small")
+
+
+async def connected(one: Node, two: Node) -> None:
+    await one.connect(two.name)
+    await wait_until(lambda: two.nodes() == [one.name])
+
+
+async def unread_peer(node: Node, *, flags: int = OUR_FLAGS) -> RawPeer:
+    """A peer that has shaken hands and reads nothing until told to."""
+    name = unique_name("unread")
+    machine = Handshake(
+        "initiator", LocalIdentity(name, flags, 7), challenge=1, cookie=COOKIE, peer_name=str(node.name)
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.listen_port, limit=65536)
+    effects = machine.start()
+    while not any(isinstance(effect, Completed) for effect in effects):
+        for effect in effects:
+            if isinstance(effect, Send):
+                writer.write(effect.data)
+        effects = machine.receive(await asyncio.wait_for(reader.read(4096), 5))
+    await wait_until(lambda: Atom(name) in node.nodes())
+    return RawPeer(reader, writer, name)
+
+
+async def test_a_message_in_fragments_arrives_whole() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        target = Collector(two)
+        for size in (FRAGMENT_BYTES - 100, FRAGMENT_BYTES, FRAGMENT_BYTES + 1, 5 * FRAGMENT_BYTES + 7):
+            body = bytes(range(256)) * (size // 256 + 1)
+            one.send(target.process.pid, (Atom("body"), body[:size], {Atom("key"): size}))
+            assert await target.next() == (Atom("body"), body[:size], {Atom("key"): size})
+
+
+async def test_small_messages_of_others_pass_a_large_one() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        sender, other = Collector(one), Collector(one)
+        target = Collector(two)
+        sender.process.send(target.process.pid, LARGE)
+        other.process.send(target.process.pid, SMALL)
+        assert await target.next() is SMALL
+        assert await target.next() == LARGE
+
+
+async def test_the_signals_of_one_process_keep_their_order() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        sender, target = Collector(one), Collector(two)
+        reference = target.process.monitor(sender.process.pid)
+        await wait_until(lambda: sender.process.monitored_by)
+        for message in (1, LARGE, 2, LARGE, 3):
+            sender.process.send(target.process.pid, message)
+        sender.process.exit(SMALL)
+        received = [await target.next() for _ in range(6)]
+        assert received == [1, LARGE, 2, LARGE, 3, (DOWN, reference, PROCESS, sender.process.pid, SMALL)]
+
+
+async def test_calls_pass_a_large_call_of_the_same_node() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        first, second = Counter(), Counter()
+        for server in (first, second):
+            await start_server(two, server)
+        large = asyncio.create_task(call(one, first.pid, (Atom("echo"), LARGE)))
+        await asyncio.sleep(0)
+        assert await call(one, second.pid, Atom("get")) == 0
+        assert not large.done()
+        assert await large == LARGE
+
+
+async def test_many_large_messages_at_once_all_arrive() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        server = Counter()
+        await start_server(two, server)
+        bodies = [bytes([number]) * (200_000 + number) for number in range(40)]
+        answers = await asyncio.gather(*(call(one, server.pid, (Atom("echo"), body)) for body in bodies))
+        assert answers == bodies
+
+
+async def test_an_answer_left_encoded_can_be_sent_on_whatever_the_atom_cache_said() -> None:
+    async with running(*(unique_name() for _ in range(3))) as (one, two, three):
+        await connected(one, two)
+        await connected(two, three)
+        server, target = Counter(), Collector(three)
+        await start_server(one, server)
+        event = [{Atom("event"): Atom("name"), Atom("number"): number} for number in range(3)]
+        for _ in range(2):
+            answer = await call(two, server.pid, (Atom("echo"), (Atom("ok"), event)), spine_levels=1)
+            assert isinstance(answer[1], EncodedTerm)
+            two.send(target.process.pid, answer)
+            assert await target.next() == (Atom("ok"), event)
+
+
+@pytest.mark.parametrize("headers", [True, False])
+async def test_a_process_that_sends_to_a_peer_that_does_not_read_has_to_wait(headers: bool) -> None:
+    async with two_nodes(NodeOptions(headers=headers)) as (one, _):
+        peer = await unread_peer(one, flags=one.flags)
+        sent: list[int] = []
+
+        class Sender(Collector):
+            def receive(self, message: object) -> None:
+                self.process.send(peer.pid, bytes(200_000))
+                sent.append(1)
+
+        sender = Sender(one)
+        for number in range(200):
+            one.send(sender.process.pid, number)
+        connection = one.peers.table[peer.name]
+        await wait_until(lambda: connection.busy and not one._ready)
+        held = len(sent)
+        assert held < 200
+        assert sender.process.queue_length() == 200 - held
+        other = Collector(one)
+        one.send(other.process.pid, SMALL)
+        assert await other.next() is SMALL
+
+        async def read_everything() -> None:
+            while await peer.reader.read(1 << 20):
+                pass
+
+        reading = asyncio.create_task(read_everything())
+        await wait_until(lambda: len(sent) == 200)
+        async with asyncio.timeout(5):
+            await one.drain(peer.name)
+        peer.writer.close()
+        await reading
+
+
+async def test_drain_returns_when_the_peer_is_gone() -> None:
+    async with running(unique_name()) as (node,):
+        peer = await unread_peer(node)
+        await node.drain(peer.name)
+        await node.drain("nobody@127.0.0.1")
+        while not node.peers.table[peer.name].busy:
+            node.send(peer.pid, bytes(BUSY_BYTES))
+            await asyncio.sleep(0)
+        waiting = asyncio.create_task(node.drain(peer.name))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        node.disconnect(peer.name)
+        async with asyncio.timeout(5):
+            await waiting
+        peer.writer.close()
+
+
+async def test_a_peer_for_which_too_much_waits_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.erl.connection.MAX_QUEUED_BYTES", 30 * 1024 * 1024)
+    assert MAX_QUEUED_BYTES > 30 * 1024 * 1024
+    async with running(unique_name()) as (node,):
+        reasons: list[str] = []
+        node.monitor_nodes(lambda peer, is_up, reason: None if is_up else reasons.append(reason))
+        peer = await unread_peer(node)
+        for _ in range(40):
+            node.send(peer.pid, bytes(1024 * 1024))
+            await asyncio.sleep(0)
+        await wait_until(lambda: reasons)
+        assert "MAX_QUEUED_BYTES" in reasons[0]
+        peer.writer.close()
+
+
+async def test_too_much_for_a_peer_still_to_be_connected_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.erl.connection.MAX_QUEUED_BYTES", 1024 * 1024)
+    async with two_nodes() as (one, two):
+        attempt = asyncio.create_task(one.connect(two.name))
+        await asyncio.sleep(0)
+        one.send(Pid(two.name, 1, 0, 1), bytes(2 * 1024 * 1024))
+        with pytest.raises(Exception, match="MAX_QUEUED_BYTES"):
+            await attempt
