@@ -574,14 +574,13 @@ def _reason_of(error: BaseException) -> Term:
         return messages.NOPROC
     if isinstance(error, ConnectionLost):
         return messages.NODEDOWN
-    if isinstance(error, CallError):
-        return error.reason
     if isinstance(error, ErlangException):
         match error.reason:
             case (kind, reason, *_) if kind is EXCEPTION or kind is SIGNAL:
                 return reason
             case (_, reason) if reason is NOCONNECTION:
                 return messages.NODEDOWN
+    if isinstance(error, CallError):
         return error.reason
     return (Atom("python_error"), str(error).encode("utf-8", "replace"))
 
