@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from gater.errors import SettingsError
 
@@ -391,6 +391,12 @@ class Settings:
         "gateway.max_requests",
         _whole(1, 1_000_000),
         "requests under way at once; more are answered {:error, :overloaded}",
+    )
+    append_mode: Literal["auto", "guarded", "worker"] = _setting(
+        "auto",
+        "gateway.append_mode",
+        _choice("auto", "guarded", "worker"),
+        "how events are appended: checked by the store itself (guarded), by its workers, or auto: guarded if it can be",
     )
     drain_timeout_ms: int = _setting(
         DEFAULT_DRAIN_TIMEOUT_MS,

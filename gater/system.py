@@ -61,6 +61,7 @@ class System:
             embedded=self.stores,
             max_requests=settings.max_requests,
             timeout_s=settings.call_timeout_ms / 1000,
+            append_mode=settings.append_mode,
         )
         self.discovery = Discovery(self.service)
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
