@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what it has been given back.
 
-glibc returns freed memory to the system as soon as 128 kB of it lie at the end of the heap, and gets it back with a page
-fault for every 4 kB. A process that takes and frees a megabyte for each message spends two thirds of its time there
-(1 MB echo: 3.3 ms of which 2.2 ms in the kernel; with this 1.4 ms). Other C libraries are left as they are.
+glibc returns freed memory to the system as soon as 128 kB of it lie at the end of the heap, and gets it back with a
+page fault for every 4 kB. A process that takes and frees a megabyte for each message spends two thirds of its time
+there (1 MB echo: 3.3 ms of which 2.2 ms in the kernel; with this 1.4 ms). Other C libraries are left as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory; False where the C library is another one. For programs that relay large messages."""
+    """Tell glibc to keep freed memory; False where the C library is another one."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
