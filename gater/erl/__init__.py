@@ -11,7 +11,7 @@ on asyncio.
 
 from __future__ import annotations
 
-from gater.erl import kernel, rpc
+from gater.erl import kernel, pg, rpc
 from gater.erl.node import Node, NodeOptions
 
 __all__ = ["Node", "NodeOptions", "make_node"]
@@ -22,4 +22,5 @@ def make_node(name: str, *, cookie: str, options: NodeOptions | None = None) -> 
     node = Node(name, cookie=cookie, options=options)
     rpc.install(node)
     kernel.install(node)
+    pg.install(node)
     return node
