@@ -110,3 +110,10 @@ async def test_processes_watch_each_other(epmd: Epmd, tmp_path: Path) -> None:
     lines = await printed(example("python", "async def watch"), "python", epmd, tmp_path)
     expected = example("text", "greeter is down").splitlines()
     assert sorted(lines) == sorted(expected)
+
+
+async def test_python_sends_to_the_members_of_a_group(epmd: Epmd, tmp_path: Path) -> None:
+    async with started(example("sh", ":pg.join"), "sh", epmd, tmp_path) as member:
+        assert await line(member) == "member is up"
+        assert await printed(example("python", "Scope"), "python", epmd, tmp_path) == []
+        assert await line(member) == '{:hello, :"py@127.0.0.1"}'
