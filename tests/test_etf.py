@@ -22,6 +22,7 @@ from gater.erl.errors import DecodeError, EncodeError, LimitExceeded
 from gater.erl.etf import (
     MAX_ATOMS_PER_PEER,
     MAX_DEPTH,
+    MAX_IDENTITIES_KEPT,
     AtomTable,
     decode,
     decode_spine,
@@ -476,6 +477,45 @@ def test_limits_are_named_in_their_errors() -> None:
     with pytest.raises(LimitExceeded, match="MAX_ATOMS_PER_PEER allows 2"):
         decode(encode(Atom("c")), atoms=table)
     assert AtomTable().max_atoms == MAX_ATOMS_PER_PEER
+
+
+identities = st.one_of(
+    st.builds(Pid, st.just(NODE), words, words, words),
+    st.builds(Reference, st.just(NODE), words, st.lists(words, min_size=1, max_size=5).map(tuple)),
+)
+
+
+@given(st.lists(identities, max_size=4), st.booleans())
+def test_pids_and_references_are_kept_by_their_bytes(terms: list[Term], old_atoms: bool) -> None:
+    data = encode_term([*terms, *terms])
+    if old_atoms:
+        data = data.replace(NODE_ETF, b"d\0" + NODE_ETF[1:])
+    table = AtomTable()
+    for _ in range(2):
+        decoded, end = decode_term(data, 0, table)
+        assert (decoded, end) == (terms * 2, len(data))
+        assert all(a is b for a, b in zip(decoded, decoded[len(terms) :], strict=False))
+    assert encode_term(decoded) == encode_term(decoded) == encode_term([*terms, *terms])
+    for end in range(1, len(data)):
+        with pytest.raises(DecodeError):
+            decode_term(data[:end], 0, table)
+
+
+def test_few_pids_and_references_are_kept_and_they_are_not_counted_as_atoms() -> None:
+    table = AtomTable(1)
+    for number in range(3 * MAX_IDENTITIES_KEPT):
+        for term in (Pid(NODE, number, 0, 1), Reference(NODE, 1, (number,))):
+            assert decode(encode(term), atoms=table) == term
+            assert len(table) <= MAX_IDENTITIES_KEPT + 1
+    with pytest.raises(LimitExceeded, match="MAX_ATOMS_PER_PEER"):
+        decode(encode(Atom("c")), atoms=table)
+
+
+@pytest.mark.parametrize("words", [0, 6, 255, 256, 257])
+@pytest.mark.parametrize("node", [NODE_ETF, b"d\0" + NODE_ETF[1:], b"v\0" + NODE_ETF[1:]])
+def test_a_reference_of_too_few_or_too_many_words_is_refused(words: int, node: bytes) -> None:
+    with pytest.raises(DecodeError, match="1 to 5 words"):
+        decode_term(b"Z" + words.to_bytes(2) + node + bytes(4 + 4 * words), 0, AtomTable())
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ __all__ = [
     "MAX_ATOMS_PER_PEER",
     "MAX_DEPTH",
     "MAX_ELEMENTS",
+    "MAX_IDENTITIES_KEPT",
     "MAX_TERM_BYTES",
     "VERSION",
     "AtomTable",
@@ -69,6 +70,10 @@ not bound memory; this does, at about half a gigabyte."""
 MAX_ATOMS_PER_PEER: Final = 262_144
 """The most different atoms one peer may send over the life of a connection. A whole BEAM has room for 1,048,576; a big
 release knows 50,000, of which few travel. Bounds the table at some 50 MB."""
+
+MAX_IDENTITIES_KEPT: Final = 1024
+"""Pids and references of one peer that are kept decoded. A call names its caller four times and its reference three
+times within a moment; 64 callers at once need 128. Bounds what is kept at some 300 kB a peer."""
 
 _UNCOUNTED_BYTES: Final = 4 * 1024 * 1024
 """Terms up to this size cannot reach `MAX_ELEMENTS`; larger ones are counted before they are built."""
@@ -110,22 +115,34 @@ _NO_CACHE: Final[Sequence[Term]] = ()
 
 
 class AtomTable(dict[bytes, Term]):
-    """The atoms one peer has sent so far: encoded atom (tag, length, name) to its term.
+    """The atoms one peer has sent so far, and pids and references it has sent lately: their bytes to their terms.
 
     Looking an unknown one up decodes and adds it; `DecodeError` if it is no atom, `LimitExceeded`
-    (`MAX_ATOMS_PER_PEER`) if the peer has sent too many.
+    (`MAX_ATOMS_PER_PEER`) if the peer has sent too many. Pids and references are forgotten once there are
+    `MAX_IDENTITIES_KEPT` of them.
     """
 
-    __slots__ = ("max_atoms",)
+    __slots__ = ("_identities", "max_atoms")
 
     def __init__(self, max_atoms: int = MAX_ATOMS_PER_PEER) -> None:
         super().__init__()
         self.max_atoms = max_atoms
+        self._identities: list[bytes] = []
 
     def __missing__(self, encoded: bytes) -> Term:
-        if len(self) >= self.max_atoms:
-            raise LimitExceeded("MAX_ATOMS_PER_PEER", self.max_atoms)
-        term = self[encoded] = _atom_of(encoded)
+        identities = self._identities
+        if encoded[0] == 88 or encoded[0] == 90:
+            term = _identity(encoded, self)
+            if len(identities) >= MAX_IDENTITIES_KEPT:
+                for known in identities:
+                    del self[known]
+                identities.clear()
+            identities.append(encoded)
+        else:
+            if len(self) - len(identities) >= self.max_atoms:
+                raise LimitExceeded("MAX_ATOMS_PER_PEER", self.max_atoms)
+            term = _atom_of(encoded)
+        self[encoded] = term
         return term
 
 
@@ -145,6 +162,22 @@ def _atom_of(encoded: bytes) -> Term:
     if len(name) > MAX_ATOM_CHARACTERS:
         raise DecodeError(f"an atom has at most {MAX_ATOM_CHARACTERS} characters, this one has {len(name)}")
     return atom(name)
+
+
+def _identity(encoded: bytes, atoms: AtomTable) -> Term:
+    """The pid or reference (NEW_PID_EXT, NEWER_REFERENCE_EXT, the node in full) whose bytes are exactly `encoded`.
+
+    If some are missing, they are missing from the name of the node, which raises DecodeError or IndexError.
+    """
+    if encoded[0] == 88:
+        node = atoms[encoded[1:-12]]
+        number, serial, creation = _NEW_PID(encoded, len(encoded) - 12)
+        return Pid(node, number, serial, creation)
+    words = _words(encoded, 1)
+    start = len(encoded) - 4 - 4 * words
+    node = atoms[encoded[3:start]]
+    numbers = _CREATION_AND_WORDS[words].unpack_from(encoded, start)
+    return Reference(node, numbers[0], numbers[1:])
 
 
 def decode(
@@ -212,21 +245,22 @@ def decode_term(
     if len(data) - pos > _UNCOUNTED_BYTES:
         skip_term(data, pos, cache, max_elements=max_elements)
     try:
-        return _decode(data, pos, atoms, cache)
+        terms, pos_after = _decode(data, pos, atoms, cache, 1)
+        return terms[0], pos_after
     except (IndexError, struct.error):
         skip_term(data, pos, cache, max_elements=max_elements)
         raise DecodeError("a term is cut off") from None
 
 
-def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
-    """`decode_term`, but reading past the end is an IndexError or struct.error.
+def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], wanted: int) -> tuple[list[Term], int]:
+    """`wanted` terms from `pos` on and the position after them; reading past the end is an IndexError or struct.error.
 
     Containers are gathered one at a time: `elements` of the innermost open one, the others on the stack. A map is
     gathered as the flat list of its keys and values.
     """
     u32 = _U32
     elements: list[Term] = []
-    left: Iterator[None] = repeat(None, 1)
+    left: Iterator[None] = repeat(None, wanted)
     gathering = _ROOT
     stack: list[tuple[list[Term], Iterator[None], int]] = []
     deep = False
@@ -280,10 +314,23 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
                 elements.append(_I32(data, pos + 1)[0])
                 pos += 5
             elif tag == 88:  # NEW_PID_EXT
-                node, pos = _atom_at(data, pos + 1, atoms, cache)
-                number, serial, creation = _NEW_PID(data, pos)
-                elements.append(Pid(node, number, serial, creation))
-                pos += 12
+                tag = data[pos + 1]
+                if tag == 119 or tag == 100:
+                    end = pos + 15 + data[pos + 2] if tag == 119 else pos + 16 + data[pos + 3]
+                    elements.append(atoms[data[pos:end]])
+                    pos = end
+                else:
+                    term, pos = _pid(data, pos + 1, atoms, cache)
+                    elements.append(term)
+            elif tag == 90:  # NEWER_REFERENCE_EXT; its words are counted by the low byte of two
+                tag = data[pos + 3]
+                if tag == 119 or tag == 100:
+                    end = (pos + 9 + data[pos + 4] if tag == 119 else pos + 10 + data[pos + 5]) + 4 * data[pos + 2]
+                    elements.append(atoms[data[pos:end]])
+                    pos = end
+                else:
+                    term, pos = _reference(data, pos + 1, atoms, cache)
+                    elements.append(term)
             elif tag == 110:  # SMALL_BIG_EXT
                 end = pos + 3 + data[pos + 1]
                 number = int.from_bytes(data[pos + 3 : end], "little")
@@ -352,7 +399,7 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> t
             else:
                 if pos > len(data):
                     raise IndexError
-                return elements[0], pos
+                return elements, pos
             elements, left, gathering = stack.pop()
             elements.append(done)
             continue
@@ -397,16 +444,33 @@ def _atom_at(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> 
     return atoms[data[pos:end]], end
 
 
+def _pid(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """The pid whose node stands at `pos` (NEW_PID_EXT) and the position after it."""
+    node, pos = _atom_at(data, pos, atoms, cache)
+    number, serial, creation = _NEW_PID(data, pos)
+    return Pid(node, number, serial, creation), pos + 12
+
+
+def _reference(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
+    """The reference whose count of words stands at `pos` (NEWER_REFERENCE_EXT) and the position after it."""
+    words = _words(data, pos)
+    node, pos = _atom_at(data, pos + 2, atoms, cache)
+    numbers = _CREATION_AND_WORDS[words].unpack_from(data, pos)
+    return Reference(node, numbers[0], numbers[1:]), pos + 4 + 4 * words
+
+
+def _words(data: bytes, pos: int) -> int:
+    (words,) = _U16(data, pos)
+    if not 0 < words <= _MAX_REFERENCE_WORDS:
+        raise DecodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {words}")
+    return words
+
+
 def _rare(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term]) -> tuple[Term, int]:
     """The term with a tag that seldom comes and that holds no terms but atoms; `pos` is behind the tag."""
-    if tag == 90 or tag == 114:  # NEWER_REFERENCE_EXT, NEW_REFERENCE_EXT
-        (words,) = _U16(data, pos)
-        if not 0 < words <= _MAX_REFERENCE_WORDS:
-            raise DecodeError(f"a reference has 1 to {_MAX_REFERENCE_WORDS} words, not {words}")
+    if tag == 114:  # NEW_REFERENCE_EXT
+        words = _words(data, pos)
         node, pos = _atom_at(data, pos + 2, atoms, cache)
-        if tag == 90:
-            creation, *ids = _CREATION_AND_WORDS[words].unpack_from(data, pos)
-            return Reference(node, creation, tuple(ids)), pos + 4 + 4 * words
         return Reference(node, data[pos], struct.unpack_from(f">{words}I", data, pos + 1)), pos + 1 + 4 * words
     if tag == 118 or tag == 115:  # ATOM_UTF8_EXT, SMALL_ATOM_EXT
         return _atom_at(data, pos - 1, atoms, cache)
@@ -479,7 +543,7 @@ def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term
         module, _ = _atom_at(data, pos + 29, atoms, cache)
     else:
         arity = -1
-        _, module_pos = _decode(data, pos + 4, atoms, cache)
+        _, module_pos = _decode(data, pos + 4, atoms, cache, 1)
         module, _ = _atom_at(data, module_pos, atoms, cache)
     body = to_plain(data, pos - 1, cache)[1:] if cache else data[pos:end]
     return Fun(tag, body, module, arity), end
@@ -688,11 +752,7 @@ def decode_spine(
                 after = pos + 5
             if not count:
                 break
-            pos = after
-            head: list[Term] = []
-            for _ in repeat(None, count - 1):
-                element, pos = _decode(data, pos, atoms, cache)
-                head.append(element)
+            head, pos = _decode(data, after, atoms, cache, count - 1)
             heads.append(head)
             levels -= 1
             tag = data[pos]
@@ -705,7 +765,7 @@ def decode_spine(
                 end = len(data)
                 term = EncodedTerm(data[pos:])
         else:
-            term, end = _decode(data, pos, atoms, cache)
+            (term,), end = _decode(data, pos, atoms, cache, 1)
         if end != len(data):
             raise DecodeError(f"{len(data) - end} bytes follow the term")
     except (IndexError, struct.error):
@@ -796,6 +856,11 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
                     out.append(_pack_integer(98, item))
                 else:
                     out.append(_big(item))
+            elif kind is Pid or kind is Reference:
+                if atom_refs is None:
+                    out.append(item.etf or _identity_bytes(item, kind))
+                else:
+                    out.append(_opaque(item, kind, atom_refs))
             elif kind is dict:
                 count = len(item)
                 out.append(_MAP_HEADS[count] if count < 256 else pack_tag_u32(116, count))
@@ -830,7 +895,7 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
                 out.append(_TRUE if item else _FALSE)
             elif kind is EncodedTerm:
                 out.append(item.data)
-            elif kind is Pid or kind is Reference or kind is Port or kind is Export or kind is Fun or kind is BitString:
+            elif kind is Port or kind is Export or kind is Fun or kind is BitString:
                 out.append(_opaque(item, kind, atom_refs))
             elif kind is ImproperList:
                 out.append(pack_tag_u32(108, len(item.elements)))
@@ -891,6 +956,12 @@ def _big(number: int) -> bytes:
     if count < 256:
         return b"n%c%c%b" % (count, number < 0, digits)
     return b"o%b%c%b" % (_pack_u32(count), number < 0, digits)
+
+
+def _identity_bytes(item: Term, kind: type) -> bytes:
+    """The bytes of a pid or reference that have not been made before; they are kept, for it is often sent twice."""
+    encoded = item.etf = _opaque(item, kind, None)
+    return encoded
 
 
 def _opaque(item: Term, kind: type, atom_refs: dict[Atom, bytes] | None) -> bytes:

@@ -127,10 +127,10 @@ class Pid:
     """A process identifier: the node it lives on, its number there, and which incarnation of the node (`creation`).
 
     Made for every message that comes in and looked up for most, so it is written by hand: a frozen dataclass takes
-    three times as long to make. Do not assign to its fields.
+    three times as long to make. Do not assign to its fields. `etf` is `etf.py`'s: the bytes, once they have been made.
     """
 
-    __slots__ = ("creation", "id", "node", "serial")
+    __slots__ = ("creation", "etf", "id", "node", "serial")
     __match_args__ = ("node", "id", "serial", "creation")
 
     def __init__(self, node: Atom, id: int, serial: int, creation: int) -> None:
@@ -138,6 +138,7 @@ class Pid:
         self.id = id
         self.serial = serial
         self.creation = creation
+        self.etf: bytes | None = None
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -167,13 +168,14 @@ class Reference:
     Written by hand for the same reason as `Pid`. Do not assign to its fields.
     """
 
-    __slots__ = ("creation", "ids", "node")
+    __slots__ = ("creation", "etf", "ids", "node")
     __match_args__ = ("node", "creation", "ids")
 
     def __init__(self, node: Atom, creation: int, ids: tuple[int, ...]) -> None:
         self.node = node
         self.creation = creation
         self.ids = ids
+        self.etf: bytes | None = None
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
