@@ -12,6 +12,7 @@ from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangError, ErlangExit, ErlangThrow, NodeError
 from gater.erl.exports import Done
 from gater.erl.gen_server import call, cast
+from gater.erl.phash2 import phash2
 from gater.erl.process import NOCONNECTION
 from gater.erl.rpc import (
     BADRPC,
@@ -25,6 +26,7 @@ from gater.erl.rpc import (
     erpc_cast,
     erpc_multicall,
     rpc_call,
+    rpc_multicall,
 )
 from gater.erl.terms import Atom, Pid, Term
 
@@ -245,18 +247,78 @@ async def test_a_spawn_can_be_linked(places: tuple[Node, Node], functions: Funct
 
 async def test_kernel_functions_answer(places: tuple[Node, Node]) -> None:
     caller, called = places
-    assert await erpc_call(caller, called.name, "erlang", "node") is called.name
-    assert await erpc_call(caller, called.name, "erlang", "whereis", [Atom("rex")]) in [
-        process.pid for process in called.processes()
-    ]
-    applications = await erpc_call(caller, called.name, "application", "which_applications")
-    assert [name for name, _, _ in applications] == [Atom("stdlib"), Atom("kernel")]
-    assert await call(caller, (Atom("net_kernel"), called.name), (Atom("is_auth"), caller.name)) is Atom("yes")
+
+    async def ask(module: str, function: str, *arguments: Term) -> Term:
+        return await erpc_call(caller, called.name, module, function, arguments)
+
+    assert await ask("erlang", "node") is called.name
+    assert await ask("erlang", "whereis", REX) in [process.pid for process in called.processes()]
+    assert [name for name, _, _ in await ask("application", "which_applications")] == [Atom("stdlib"), Atom("kernel")]
+    assert await ask("application", "get_key", Atom("kernel"), Atom("vsn")) == (Atom("ok"), list(b"8.5"))
+    assert await ask("application", "get_key", Atom("nothing"), Atom("vsn")) is Atom("undefined")
     missing = Pid(called.name, 999_999, 0, called.creation)
-    assert await erpc_call(caller, called.name, "erlang", "is_process_alive", [missing]) is False
-    with pytest.raises(ErlangError) as failed:
-        await erpc_call(caller, called.name, "erlang", "system_info", [Atom("nonsense")])
-    assert failed.value.reason[1] is Atom("badarg")
+    assert await ask("erlang", "is_process_alive", missing) is False
+    assert await ask("erlang", "phash2", (1, Atom("a")), 1000) == phash2((1, Atom("a")), 1000)
+    assert await ask("erlang", "function_exported", Atom("erlang"), Atom("node"), 1) is True
+    assert await ask("code", "ensure_loaded", Atom("erlang")) == (Atom("module"), Atom("erlang"))
+    assert await ask("code", "ensure_loaded", Atom("nothing")) == (Atom("error"), Atom("nofile"))
+    assert await ask("code", "which", Atom("nothing")) is Atom("non_existing")
+    assert await ask("global", "whereis_name", Atom("any")) is Atom("undefined")
+    assert await ask("net_adm", "ping", caller.name) is Atom("pong")
+    assert await ask("net_adm", "ping", Atom("nobody@127.0.0.1")) is Atom("pang")
+    assert len(await ask("erlang", "timestamp")) == 3
+    info = dict(await ask("erlang", "process_info", called.client.pid))
+    assert info[Atom("message_queue_len")] == 0
+    target = Collector(called, "target")
+    assert await ask("erlang", "send", Atom("target"), 1) == 1
+    assert await target.next() == 1
+    await ask("erlang", "exit", target.process.pid, OOPS)
+    assert await target.ended() is OOPS
+    for module, function, arguments in (
+        ("erlang", "system_info", [Atom("nonsense")]),
+        ("erlang", "phash2", [1, 0]),
+        ("erlang", "send", [1, 2]),
+        ("erlang", "exit", [1, 2]),
+        ("net_kernel", "connect_node", [1]),
+        ("rpc", "multicall", [1, 2, 3]),
+    ):
+        with pytest.raises(ErlangError) as failed:
+            await ask(module, function, *arguments)
+        assert failed.value.reason[1] is Atom("badarg")
+    with pytest.raises(ErlangError) as undefined:
+        await erpc_call(caller, called.name, "erpc", "execute_call", [[1], Atom("f"), []])
+    assert undefined.value.reason[1] is UNDEF
+
+
+async def test_calls_can_go_on_from_the_called_node(places: tuple[Node, Node], functions: Functions) -> None:
+    caller, called = places
+    names = [called.name, Atom("nobody@127.0.0.1")]
+    add = (Atom("m"), Atom("add"), [1, 2])
+    expected = ([3], [Atom("nobody@127.0.0.1")])
+    assert await rpc_multicall(caller, names, "m", "add", [1, 2]) == expected
+    assert await erpc_call(caller, called.name, "rpc", "multicall", [names, *add]) == expected
+    assert await erpc_call(caller, called.name, "rpc", "multicall", [names, *add, 1000]) == expected
+    assert await erpc_call(caller, called.name, "rpc", "multicall", list(add)) == ([3], [])
+    assert await erpc_call(caller, called.name, "rpc", "call", [called.name, *add]) == 3
+    assert await erpc_call(caller, called.name, "erpc", "call", [called.name, *add, 1000]) == 3
+
+
+async def test_kernel_processes_let_nobody_wait(places: tuple[Node, Node]) -> None:
+    caller, called = places
+    net_kernel = (Atom("net_kernel"), called.name)
+    assert await call(caller, net_kernel, (Atom("is_auth"), caller.name)) is Atom("yes")
+    assert await call(caller, net_kernel, Atom("get_net_ticktime")) == 60
+    names = (Atom("global_name_server"), called.name)
+    lock = (Atom("set_lock"), (Atom("id"), caller.client.pid))
+    assert await call(caller, names, lock) is True
+    assert await call(caller, names, Atom("get_known")) == []
+    assert await call(caller, names, Atom("get_protocol_version")) == 8
+    assert await call(caller, names, (Atom("register"), Atom("n"), caller.client.pid, OOPS)) is Atom("no")
+    for server in (net_kernel, names):
+        assert await call(caller, server, Atom("nonsense")) == (Atom("error"), Atom("bad_request"))
+        cast(caller, server, Atom("nonsense"))
+        caller.send(server, Atom("nonsense"))
+        assert await call(caller, server, Atom("nonsense")) == (Atom("error"), Atom("bad_request"))
 
 
 async def test_a_function_is_exported_once_per_arity() -> None:

@@ -71,11 +71,17 @@ class Exports:
 
     def find(self, module: Term, function: Term, arity: int) -> ExportedFunction | None:
         """The function behind `module:function/arity`, or None (`undef`)."""
+        if type(module) is not Atom or type(function) is not Atom:
+            return None
         return self._functions.get((module, function, arity))
 
     def has_module(self, module: Term) -> bool:
         """Whether any function of this module is exported."""
         return type(module) is Atom and module in self._modules
+
+    def modules(self) -> list[Atom]:
+        """The modules that have functions here."""
+        return list(self._modules)
 
     def functions(self, module: Term) -> list[tuple[Atom, int]]:
         """Names and arities of the functions of a module, as `Module:module_info(exports)`."""

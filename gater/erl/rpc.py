@@ -460,6 +460,30 @@ async def erpc_multicall(
     return list(await asyncio.gather(*(one(peer) for peer in peers)))
 
 
+async def rpc_multicall(
+    node: Node,
+    peers: Iterable[str | Atom],
+    module: str | Atom,
+    function: str | Atom,
+    arguments: Iterable[Term] = (),
+    *,
+    timeout_s: float | None = None,
+) -> tuple[list[Term], list[Atom]]:
+    """`rpc:multicall/5`: the results (or `{badrpc, Reason}`) in order, and the nodes that did not answer."""
+    names = [Atom(str(peer)) for peer in peers]
+    results: list[Term] = []
+    silent: list[Atom] = []
+    answers = await asyncio.gather(
+        *(rpc_call(node, name, module, function, arguments, timeout_s=timeout_s) for name in names)
+    )
+    for name, answer in zip(names, answers, strict=True):
+        if answer in ((BADRPC, NODEDOWN), (BADRPC, TIMEOUT)):
+            silent.append(name)
+        else:
+            results.append(answer)
+    return results, silent
+
+
 async def rpc_call(
     node: Node,
     peer: str | Atom,
