@@ -227,7 +227,7 @@ async def test_what_the_store_refuses_for_a_reason_of_its_own_is_a_failed_reques
 
 
 async def test_time_that_runs_out_is_an_error_of_its_own(cluster: Cluster) -> None:
-    async with to_cluster(cluster, timeout_s=0.08) as client:
+    async with to_cluster(cluster, timeout_s=0.5) as client:
         cluster.always(hang, "get_streams")
         with pytest.raises(CallTimeout, match="get_streams"):
             await client.get_streams(NAME)

@@ -122,7 +122,7 @@ async def test_a_read_is_given_up_when_every_worker_dies_of_it(house: House) -> 
 
 
 async def test_an_append_whose_outcome_nobody_is_left_to_tell_is_answered_so(tmp_path: Path) -> None:
-    async with open_house(tmp_path, call_timeout_ms=300) as house:
+    async with open_house(tmp_path, call_timeout_ms=1_000) as house:
         held = Held()
         house.cluster.next(held, "append_events")
         appending = asyncio.create_task(house.append(b"s", 0))
@@ -212,7 +212,7 @@ async def test_a_read_that_nobody_answers_times_out(tmp_path: Path) -> None:
 
 
 async def test_an_append_that_nobody_answers_has_an_unknown_outcome(tmp_path: Path) -> None:
-    async with open_house(tmp_path, call_timeout_ms=60) as house:
+    async with open_house(tmp_path, call_timeout_ms=1_000) as house:
         held = Held()
         house.cluster.always(held, "append_events")
         appending = asyncio.create_task(house.append(b"s", 0))
@@ -231,7 +231,7 @@ async def test_an_append_that_never_got_as_far_as_being_sent_is_no_unknown_outco
 
 
 async def test_a_reply_that_comes_after_the_timeout_is_not_taken_for_another_ones(tmp_path: Path) -> None:
-    async with open_house(tmp_path, call_timeout_ms=60) as house:
+    async with open_house(tmp_path, call_timeout_ms=500) as house:
         held = Held()
         house.cluster.next(held, "get_streams")
         house.cluster.always(hang, "get_streams")
@@ -296,7 +296,7 @@ async def test_a_guarded_append_on_a_node_that_hangs_is_carried_out_on_another(t
 
 
 async def test_a_guarded_append_on_the_only_node_which_hangs_has_an_unknown_outcome(tmp_path: Path) -> None:
-    async with open_house(tmp_path, khepri=True, call_timeout_ms=100) as house:
+    async with open_house(tmp_path, khepri=True, call_timeout_ms=500) as house:
         house.cluster.guarded_steps.append(never)
         assert kind_of(await house.append(b"s", 0)) == "unknown_outcome"
 
