@@ -139,6 +139,10 @@ SYNC_TIMEOUT_S: Final = 15.0
 """How long to wait for `sync_recv` or `sync_ack`. An original may sit in `cluster_wait` for 5 s and takes some seconds
 for a registry of 10^5 names; the original itself waits for ever."""
 
+JOIN_TIMEOUT_S: Final = 5.0
+"""How long the first round may take until calls and the requests of originals are answered all the same: originals that
+started together can wait for each other for ever, or for us."""
+
 MAX_SYNC_BACKOFF_S: Final = 300.0
 """The longest pause before a member that does not answer is asked again: as often as anti-entropy would."""
 
@@ -281,6 +285,7 @@ class Tracker:
         self._jobs: deque[_Merge | _Purge] = deque()
         self._held: dict[Atom, deque[Message]] = {}
         self._resuming = False
+        self._join_deadline: float | None = None
         self._verify_at: float | None = None
         self._wake_at: float | None = None
         self._now = 0.0
@@ -533,7 +538,9 @@ class Tracker:
                 return
             due = self._due()
             if due:
-                self._start_sync(self.options.random.choice(due))
+                # Originals that wait for us come last: then there is something to tell them.
+                free = [node for node in due if node not in self._pending_sync_reqs]
+                self._start_sync(self.options.random.choice(free or due))
                 continue
             self.state = State.TRACKING
             if self.joined:
@@ -548,8 +555,9 @@ class Tracker:
         ]
 
     def _join(self) -> None:
-        """The first round is over: what waited for it can go on."""
+        """The first round is over, or has taken too long: what waited for it can go on."""
         self.joined = True
+        self._join_deadline = None
         self._resolve_pending_sync_requests()
         while self._postponed:
             self._call(self._postponed.popleft())
@@ -557,9 +565,16 @@ class Tracker:
     def _leave_cluster_wait(self) -> None:
         if not self._anti_entropy_runs:
             self._anti_entropy_runs = True
+            if not self.joined:
+                self._join_deadline = self._now + JOIN_TIMEOUT_S
             self._emit(SetTimer("anti_entropy", self.options.anti_entropy_interval_s))
 
     def _start_sync(self, node: Atom) -> None:
+        pending = self._pending_sync_reqs.pop(node, None)
+        if pending is not None and not self._waits_for(node, pending.clock):
+            # It has asked us before, and will not answer before it is answered; its acknowledgement tells as much.
+            self._answer_crossing(node, pending)
+            return
         self._sync_node = node
         self._sync_deadline = self._now + self.options.sync_timeout_s
         self._emit(MonitorTracker(node))
@@ -596,10 +611,16 @@ class Tracker:
 
     def _crossing_sync(self, node: Atom, message: Sync) -> None:
         """We asked `node` while it asked us: one of us begins."""
-        order = itc.compare(self._clock, message.clock)
-        if order == "lt" or (order != "gt" and node.name.encode() > self.node.name.encode()):
-            return
-        self._sync_node = self._sync_deadline = None
+        if not self._waits_for(node, message.clock):
+            self._sync_node = self._sync_deadline = None
+            self._answer_crossing(node, message)
+
+    def _waits_for(self, node: Atom, clock: Clock) -> bool:
+        """Of two that ask each other: is it for `node` to answer first?"""
+        order = itc.compare(self._clock, clock)
+        return order == "lt" or (order != "gt" and node.name.encode() > self.node.name.encode())
+
+    def _answer_crossing(self, node: Atom, message: Sync) -> None:
         mine, theirs = self._fork(self._clock, message.clock)
         self._set_clock(mine)
         self._answer(node, message.sender, theirs)
@@ -1021,8 +1042,6 @@ class Tracker:
         if ours is None:
             return
         if ours is not claims[0]:
-            if self._is_rumour(claims[0]):
-                return
             self._note("name lost", name=name, to=claims[0].pid)
             self.take_back([ours])
             self._emit(Die(ours.pid))
@@ -1171,6 +1190,9 @@ class Tracker:
             self._note("no sync_ack", node=node)
             del self._awaiting[node]
             self._emit(DemonitorTracker(node))
+        if self._join_deadline is not None and self._join_deadline <= self._now:
+            self._note("joined without all", waiting_for=self._sync_node)
+            self._join()
         if self._verify_at is not None and self._verify_at <= self._now:
             self._verify()
 
@@ -1186,6 +1208,8 @@ class Tracker:
     def _deadlines(self) -> Iterator[float]:
         if self._sync_deadline is not None:
             yield self._sync_deadline
+        if self._join_deadline is not None:
+            yield self._join_deadline
         if self._verify_at is not None:
             yield self._verify_at
         for deadline in self._awaiting.values():
