@@ -331,7 +331,7 @@ class BeamNode:
         """As `eval`, but the value as the node's `term_to_binary` made it, undecoded."""
         chosen = language or self.language
         text = source if chosen == "elixir" or source.rstrip().endswith(".") else source + "\n."
-        encoded_bindings = etf.encode([(Atom(name), value) for name, value in bindings.items()])
+        encoded_bindings = etf.encode([(Atom(name), value) for name, value in sorted(bindings.items())])
         request_id = next(self._request_ids)
         answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = answer

@@ -11,6 +11,7 @@ from test_node import RawPeer
 from gater.erl import Node, NodeOptions
 from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES
 from gater.erl.dist_header import FRAGMENT_BYTES
+from gater.erl.errors import CallTimeout
 from gater.erl.gen_server import call, start_server
 from gater.erl.handshake import OUR_FLAGS, Completed, Handshake, LocalIdentity, Send
 from gater.erl.process import DOWN, PROCESS
@@ -146,6 +147,18 @@ async def test_a_process_that_sends_to_a_peer_that_does_not_read_has_to_wait(hea
             await one.drain(peer.name)
         peer.writer.close()
         await reading
+
+
+async def test_a_call_to_a_peer_that_does_not_read_sends_nothing_and_times_out() -> None:
+    async with running(unique_name()) as (node,):
+        peer = await unread_peer(node)
+        while not node.peers.table[peer.name].busy:
+            node.send(peer.pid, bytes(BUSY_BYTES))
+            await asyncio.sleep(0)
+        with pytest.raises(CallTimeout, match="nothing was sent"):
+            await call(node, peer.pid, SMALL, timeout_s=0.01)
+        assert not node._aliases
+        peer.writer.close()
 
 
 async def test_drain_returns_when_the_peer_is_gone() -> None:

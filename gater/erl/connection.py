@@ -72,6 +72,8 @@ _LENGTH: Final = struct.Struct(">I")
 _pack_length: Final = _LENGTH.pack
 _FRAME_START: Final = bytes((PASS_THROUGH, VERSION))
 _PAYLOAD_START: Final = bytes((VERSION,))
+_HEADER_WITHOUT_ATOMS: Final = bytes((VERSION, 68, 0))
+"""Control messages without payload go without the atom cache: looking up two atoms costs more than sending them."""
 _TICK: Final = b"\0\0\0\0"
 
 log = structlog.get_logger(__name__)
@@ -190,6 +192,7 @@ class Connection:
     """What this node knows of one peer, from the first attempt to reach it until it is gone."""
 
     __slots__ = (
+        "_control_start",
         "_drained",
         "_held",
         "_large",
@@ -255,6 +258,7 @@ class Connection:
         self.queued = False
         self.silent_ticks = 0
         self._op_send = control.OP_SEND_SENDER
+        self._control_start = _FRAME_START
         self._sent_since_tick = False
         self._out: list[bytes] = []
         self._out_bytes = 0
@@ -287,10 +291,8 @@ class Connection:
                 return
             if self._large and (ahead := self._ahead_of(message)) is not None:
                 ahead.followers.append(lambda: self.send_control(message))
-            elif self._writer is not None:
-                self._enqueue(self._writer.message(message).frame())
             else:
-                pieces: list[bytes] = [_FRAME_START]
+                pieces: list[bytes] = [self._control_start]
                 etf.encode_into(pieces, message)
                 self._enqueue(pieces)
         elif self.state == "connecting":
@@ -479,6 +481,7 @@ class Connection:
         if self.flags & DIST_HDR_ATOM_CACHE:
             self.reader = HeaderReader(self.atoms)
             self._writer = HeaderWriter()
+            self._control_start = _HEADER_WITHOUT_ATOMS
         if protocol.transport is not None:
             protocol.transport.set_write_buffer_limits(WRITE_AHEAD_BYTES)
         self._out_bytes = 0

@@ -350,8 +350,16 @@ async def call(
     """`gen_server:call(Target, Request, Timeout)`: `target` is a pid, a local name or `(name, node)`.
 
     Raises `NoProcess`, `ConnectionLost`, `ProcessDied` or `CallTimeout`; None as timeout waits for ever. Cancelling the
-    coroutine drops the call.
+    coroutine drops the call. If too much waits for the server's node already, the request is held back first.
     """
+    peer = target.node if type(target) is Pid else target[1] if type(target) is tuple else None
+    connection = node.peers.table.get(peer) if peer is not None else None
+    if connection is not None and connection.busy:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await connection.drain()
+        except TimeoutError:
+            raise CallTimeout(TIMEOUT_REASON, f"{peer} does not read what waits for it: nothing was sent") from None
     done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
 
     def finish(reply: Term, error: CallError | None) -> None:
