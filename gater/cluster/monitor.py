@@ -58,6 +58,10 @@ MINORITY_AFTER_S: Final = 1.0
 """A majority must be missing for so long before it is called missing: connections come and answers arrive one after the
 other, and a store that is just being met is no store in trouble."""
 
+DIFFER_FOR_S: Final = 2.0
+"""Nodes must contradict each other for so long before it is a problem: every election does it for a moment, and a node
+that was frozen names its old leader until it hears of the new one."""
+
 MAX_MEMBERS: Final = 100
 """Members of one store. Raft groups have three to nine."""
 
@@ -552,17 +556,17 @@ class ClusterState:
         problem: Problem | None = None
         if store.minority_since is not None and store.minority_since + MINORITY_AFTER_S <= now:
             problem = "minority"
-        elif len(leaders) > 1 and _all_after(store.differ_since, (report.leader_at for report in reports.values())):
+        elif len(leaders) > 1 and _lasts(store.differ_since, (report.leader_at for report in reports.values())):
             problem = "leaders_differ"
-        elif len(views) > 1 and _all_after(store.differ_since, (report.members_at for report in reports.values())):
+        elif len(views) > 1 and _lasts(store.differ_since, (report.members_at for report in reports.values())):
             problem = "members_differ"
         leader = next(iter(leaders)) if len(leaders) == 1 else None
         status = StoreStatus(name, leader, _sorted(members), _sorted(reachable), problem)
         return status, len(leaders) > 1 or len(views) > 1
 
 
-def _all_after(since: float | None, times: Iterable[float | None]) -> bool:
-    return since is not None and all(at is None or at >= since for at in times)
+def _lasts(since: float | None, times: Iterable[float | None]) -> bool:
+    return since is not None and all(at is None or at >= since + DIFFER_FOR_S for at in times)
 
 
 def _sorted(nodes: Iterable[Atom]) -> tuple[Atom, ...]:
