@@ -169,11 +169,15 @@ class StoreNode:
     def name(self) -> str:
         return str(self.node.name)
 
-    async def _registered(self) -> Term:
+    def _registered(self) -> Term | Coroutine[Any, Any, Term]:
+        return self._registry() if self.cluster.registry_open.is_set() else self._registered_later()
+
+    async def _registered_later(self) -> Term:
         await self.cluster.registry_open.wait()
-        if self.cluster.registry is not None:
-            return self.cluster.registry()
-        return self.cluster.entries()
+        return self._registry()
+
+    def _registry(self) -> Term:
+        return self.cluster.entries() if self.cluster.registry is None else self.cluster.registry()
 
     def _offer_khepri(self) -> None:
         """What a gateway needs for guarded appends: an evaluator, which knows one expression."""
