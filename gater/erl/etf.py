@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
@@ -36,6 +37,7 @@ from gater.erl.terms import (
     as_plain,
     atom,
     atom_bytes,
+    exact_key,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_ELEMENTS",
     "MAX_IDENTITIES_KEPT",
+    "MAX_KEYS_OF_ONE_HASH",
     "MAX_TERM_BYTES",
     "VERSION",
     "AtomTable",
@@ -74,6 +77,13 @@ release knows 50,000, of which few travel. Bounds the table at some 50 MB."""
 MAX_IDENTITIES_KEPT: Final = 1024
 """Pids and references of one peer that are kept decoded. A call names its caller four times and its reference three
 times within a moment; 64 callers at once need 128. Bounds what is kept at some 300 kB a peer."""
+
+MAX_KEYS_OF_ONE_HASH: Final = 64
+"""Keys of one map that may have the same Python hash. `1`, `1.0` and `true` have, and so have integers and pids chosen for
+it: a map of `N` of those would take N * N comparisons to make. Keys that were not chosen do not meet."""
+
+_UNCHECKED_PAIRS: Final = 256
+"""Maps up to this size are made without a look at the hashes of their keys: the worst ones cost a millisecond."""
 
 _UNCOUNTED_BYTES: Final = 4 * 1024 * 1024
 """Terms up to this size cannot reach `MAX_ELEMENTS`; larger ones are counted before they are built."""
@@ -264,6 +274,7 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
     gathering = _ROOT
     stack: list[tuple[list[Term], Iterator[None], int]] = []
     deep = False
+    digests: dict[int, bytes] = {}
     while True:
         for _ in left:
             tag = data[pos]
@@ -364,16 +375,18 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
             elif gathering == _MAP:
                 done = {}
                 if deep:
-                    done = _careful_map(elements)
+                    done = _careful_map(elements, digests)
                 else:
                     flat = iter(elements)
                     try:
+                        if len(elements) > 2 * _UNCHECKED_PAIRS:
+                            _check_hashes(elements[::2])
                         for key in flat:
                             done[key] = next(flat)
                     except (TypeError, RecursionError):
-                        done = _careful_map(elements)
+                        done = _careful_map(elements, digests)
                     if len(done) + len(done) != len(elements):
-                        done = _careful_map(elements)
+                        done = _careful_map(elements, digests)
             elif gathering == _LIST:
                 tag = data[pos]
                 if tag == 106:
@@ -413,10 +426,25 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
         gathering = opened
 
 
-def _careful_map(flat: list[Term]) -> Term:
-    """The map of these keys and values, when a `dict` cannot (or might not, safely) tell its keys apart."""
+def _check_hashes(keys: list[Term]) -> None:
+    """LimitExceeded if more than `MAX_KEYS_OF_ONE_HASH` of the keys have one hash; TypeError if one has none."""
+    hashes = list(map(hash, keys))
+    if len(hashes) - len(set(hashes)) >= MAX_KEYS_OF_ONE_HASH:
+        ((_, most),) = Counter(hashes).most_common(1)
+        if most > MAX_KEYS_OF_ONE_HASH:
+            raise LimitExceeded("MAX_KEYS_OF_ONE_HASH", MAX_KEYS_OF_ONE_HASH, most)
+
+
+def _careful_map(flat: list[Term], digests: dict[int, bytes]) -> Term:
+    """The map of these keys and values, when a `dict` cannot (or might not, safely) tell its keys apart.
+
+    `digests` are those of the maps of the same term that stand in keys (see `exact_key`).
+    """
+    keys = [exact_key(key, digests) for key in flat[::2]]
+    if len(keys) > _UNCHECKED_PAIRS:
+        _check_hashes(keys)
     pairs = iter(flat)
-    careful = TermMap(zip(pairs, pairs, strict=True))
+    careful = TermMap.of_exact(zip(keys, zip(pairs, pairs, strict=True), strict=True))
     if len(careful) * 2 != len(flat):
         raise DecodeError("a map has a key twice")
     if all(type(key) in _SHALLOW for key in careful):
@@ -543,8 +571,8 @@ def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term
         module, _ = _atom_at(data, pos + 29, atoms, cache)
     else:
         arity = -1
-        _, module_pos = _decode(data, pos + 4, atoms, cache, 1)
-        module, _ = _atom_at(data, module_pos, atoms, cache)
+        _, after_pid = _atom_at(data, pos + 5, atoms, cache)
+        module, _ = _atom_at(data, after_pid + _NODE_THEN[data[pos + 4]], atoms, cache)
     body = to_plain(data, pos - 1, cache)[1:] if cache else data[pos:end]
     return Fun(tag, body, module, arity), end
 
@@ -662,8 +690,9 @@ def _walk(
             elif tag == 99:  # FLOAT_EXT
                 pos += 32
             elif tag == 117:  # FUN_EXT: count of free variables, pid, module, index, uniq, free variables
-                todo += 4 + _U32(data, pos + 1)[0]
-                pos += 5
+                todo += 2 + _U32(data, pos + 1)[0]
+                pos, copied = _walk_pid(data, pos + 5, cache, plain, copied)
+                pos, copied = _walk_atom(data, pos, cache, plain, copied)
                 if todo > size - pos:
                     raise DecodeError(f"at byte {pos} {todo} terms are to come, but only {size - pos} bytes")
             elif tag == 112:  # NEW_FUN_EXT
@@ -678,8 +707,7 @@ def _walk(
                     plain.append(b"")
                     size_at = len(plain) - 1
                     plain.append(data[pos + 5 : pos + 30])
-                # module, old index, old uniq, creator, free variables
-                pos = _walk(data, pos + 30, cache, plain, budget, free + 4, open_funs + 1)
+                pos = _walk_fun(data, pos + 30, cache, plain, budget, free, open_funs + 1)
                 if pos != declared_end:
                     raise DecodeError(f"a fun declares its end at byte {declared_end}, but ends at {pos}")
                 if plain is not None:
@@ -696,6 +724,43 @@ def _walk(
     if plain is not None:
         plain.append(data[copied:pos])
     return pos
+
+
+def _walk_fun(
+    data: bytes,
+    pos: int,
+    cache: Sequence[Term],
+    plain: list[bytes] | None,
+    budget: int,
+    free: int,
+    open_funs: int,
+) -> int:
+    """The end of a NEW_FUN_EXT from its module on: module, old index, old uniq, creator and `free` variables."""
+    start = pos
+    pos, copied = _walk_atom(data, pos, cache, plain, pos)
+    for _ in range(2):
+        tag = data[pos]
+        if tag == 97:
+            pos += 2
+        elif tag == 98:
+            pos += 5
+        else:
+            raise DecodeError(f"the old index and uniq of a fun are small integers, not tag {tag} (byte {pos})")
+    pos, copied = _walk_pid(data, pos, cache, plain, copied)
+    if pos > len(data):
+        raise DecodeError(f"the fun at byte {start} is cut off")
+    if plain is not None:
+        plain.append(data[copied:pos])
+    return _walk(data, pos, cache, plain, budget, free, open_funs)
+
+
+def _walk_pid(data: bytes, pos: int, cache: Sequence[Term], plain: list[bytes] | None, copied: int) -> tuple[int, int]:
+    """`_walk_atom` for a pid."""
+    tag = data[pos]
+    if tag != 88 and tag != 103:
+        raise DecodeError(f"the creator of a fun is a pid, not tag {tag} (byte {pos})")
+    pos, copied = _walk_atom(data, pos + 1, cache, plain, copied)
+    return pos + _NODE_THEN[tag], copied
 
 
 def _walk_atom(data: bytes, pos: int, cache: Sequence[Term], plain: list[bytes] | None, copied: int) -> tuple[int, int]:
@@ -741,6 +806,7 @@ def decode_spine(
     """
     heads: list[list[Term]] = []
     cache = _NO_CACHE if atom_cache is None else atom_cache
+    counted = len(data) - pos > _UNCOUNTED_BYTES
     try:
         tag = data[pos]
         while levels > 0 and (tag == 104 or tag == 105):
@@ -752,6 +818,10 @@ def decode_spine(
                 after = pos + 5
             if not count:
                 break
+            if counted:
+                if count > MAX_ELEMENTS:
+                    raise LimitExceeded("MAX_ELEMENTS", MAX_ELEMENTS, count)
+                _walk(data, after, cache, None, MAX_ELEMENTS, count - 1)
             head, pos = _decode(data, after, atoms, cache, count - 1)
             heads.append(head)
             levels -= 1

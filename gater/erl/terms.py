@@ -150,7 +150,7 @@ class Pid:
         )
 
     def __hash__(self) -> int:
-        return hash((self.id, self.serial, self.node))
+        return hash((self.id, self.serial, self.creation, self.node))
 
     def __reduce__(self) -> tuple[type[Pid], tuple[Atom, int, int, int]]:
         return (Pid, (self.node, self.id, self.serial, self.creation))
@@ -186,7 +186,7 @@ class Reference:
         )
 
     def __hash__(self) -> int:
-        return hash(self.ids)
+        return hash((self.creation, self.ids))
 
     def __reduce__(self) -> tuple[type[Reference], tuple[Atom, int, tuple[int, ...]]]:
         return (Reference, (self.node, self.creation, self.ids))
@@ -299,6 +299,13 @@ class TermMap(Mapping[Term, Term]):
     def __init__(self, items: Iterable[tuple[Term, Term]] = ()) -> None:
         self._entries: dict[Term, tuple[Term, Term]] = {exact_key(key): (key, value) for key, value in items}
 
+    @classmethod
+    def of_exact(cls, entries: Iterable[tuple[Term, tuple[Term, Term]]]) -> TermMap:
+        """The map of pairs whose `exact_key` is known: (exact key, (key, value))."""
+        made = cls()
+        made._entries.update(entries)
+        return made
+
     def __getitem__(self, key: Term) -> Term:
         return self._entries[exact_key(key)][1]
 
@@ -323,12 +330,15 @@ class TermMap(Mapping[Term, Term]):
         return f"TermMap({list(self._entries.values())!r})"
 
 
-def exact_key(term: Term) -> Term:
+def exact_key(term: Term, digests: dict[int, bytes] | None = None) -> Term:
     """A hashable Python value that is equal for two terms exactly when Erlang's `=:=` holds between them.
 
     `=:=` as OTP 27 has it: `0.0` and `-0.0` differ. The key of a tuple, list or map is flat, so neither hashing nor
     comparing it recurses, however deep the term is. A map stands in it as a BLAKE2b digest of its sorted pairs, which
     keeps the work linear in the size of the term. An `EncodedTerm` is equal to itself only, not to what it stands for.
+
+    `digests` are those of each `TermMap` already seen, by its `id`: who makes the keys of maps that stand in the keys of
+    maps passes the same one each time, so that none is read twice. No term it knows may change or be freed meanwhile.
 
     Raises `LimitExceeded` (`MAX_DEPTH`), and `TypeError` for a Python value that is no term.
     """
@@ -343,8 +353,8 @@ def exact_key(term: Term) -> Term:
     if kind is float:
         return term.hex()
     if isinstance(term, tuple | list | Mapping | ImproperList):
-        return (_canonical(term),)
-    return exact_key(as_plain(term))
+        return (_canonical(term, digests),)
+    return exact_key(as_plain(term), digests)
 
 
 def exact_equal(left: Term, right: Term) -> bool:
@@ -387,16 +397,18 @@ _BOOLS: Final = {True: atom_etf("true"), False: atom_etf("false")}
 _NIL: Final = atom_etf("nil")
 
 
-def _canonical(root: Term) -> bytes:
+def _canonical(root: Term, digests: dict[int, bytes] | None) -> bytes:
     """One byte string for all terms `=:=` to `root`: a prefix code, in which the pairs of a map are sorted."""
     out: list[bytes] = []
     items: Iterator[Term] = iter((root,))
     kind: type = NoneType
-    stack: list[tuple[list[bytes], Iterator[Term], type]] = []
+    owner = 0
+    stack: list[tuple[list[bytes], Iterator[Term], type, int]] = []
     children: Iterable[Term]
     while True:
         for item in items:
             opened = type(item)
+            opened_owner = 0
             if opened is Atom:
                 out.append(item.etf)
             elif opened is bytes:
@@ -426,8 +438,12 @@ def _canonical(root: Term) -> bytes:
                 children = map(_Pair, item.items())
                 break
             elif opened is TermMap:
+                if digests is not None and id(item) in digests:
+                    out.append(digests[id(item)])
+                    continue
                 out.append(b"t")
-                opened, children = dict, map(_Pair, item.pairs())
+                children = map(_Pair, item.pairs())
+                opened, opened_owner = dict, id(item)
                 break
             elif opened is _Pair:
                 children = item
@@ -457,8 +473,8 @@ def _canonical(root: Term) -> bytes:
         else:
             if not stack:
                 return b"".join(out)
-            done, finished = out, kind
-            out, items, kind = stack.pop()
+            done, finished, finished_owner = out, kind, owner
+            out, items, kind, owner = stack.pop()
             if finished is _Pair:
                 out.append(b"".join(done))
             elif finished is dict:
@@ -467,13 +483,15 @@ def _canonical(root: Term) -> bytes:
                 if len(pairs) > 32:
                     pairs = blake2b(pairs, digest_size=32).digest()
                 out.append(b"%d,%d:%b" % (len(done), len(pairs), pairs))
+                if finished_owner and digests is not None:
+                    digests[finished_owner] = b"t" + out[-1]
             continue
         if len(stack) > 2 * MAX_DEPTH:  # a map is two levels here, its pairs being one
             raise LimitExceeded("MAX_DEPTH", MAX_DEPTH)
-        stack.append((out, items, kind))
+        stack.append((out, items, kind, owner))
         if opened is dict or opened is _Pair:
             out = []
-        items, kind = iter(children), opened
+        items, kind, owner = iter(children), opened, opened_owner
 
 
 def atom_bytes(term: Term) -> bytes:
