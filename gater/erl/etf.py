@@ -79,8 +79,8 @@ MAX_IDENTITIES_KEPT: Final = 1024
 times within a moment; 64 callers at once need 128. Bounds what is kept at some 300 kB a peer."""
 
 MAX_KEYS_OF_ONE_HASH: Final = 64
-"""Keys of one map that may have the same Python hash. `1`, `1.0` and `true` have, and so have integers and pids chosen for
-it: a map of `N` of those would take N * N comparisons to make. Keys that were not chosen do not meet."""
+"""Keys of one map that may have the same Python hash. `1`, `1.0` and `true` have, and so have integers and pids chosen
+for it: a map of `N` of those would take N * N comparisons to make. Keys that were not chosen do not meet."""
 
 _UNCHECKED_PAIRS: Final = 256
 """Maps up to this size are made without a look at the hashes of their keys: the worst ones cost a millisecond."""

@@ -337,8 +337,9 @@ def exact_key(term: Term, digests: dict[int, bytes] | None = None) -> Term:
     comparing it recurses, however deep the term is. A map stands in it as a BLAKE2b digest of its sorted pairs, which
     keeps the work linear in the size of the term. An `EncodedTerm` is equal to itself only, not to what it stands for.
 
-    `digests` are those of each `TermMap` already seen, by its `id`: who makes the keys of maps that stand in the keys of
-    maps passes the same one each time, so that none is read twice. No term it knows may change or be freed meanwhile.
+    `digests` are those of each `TermMap` already seen, by its `id`: who makes the keys of maps that stand in the keys
+    of maps passes the same one each time, so that none is read twice. No term it knows may change or be freed
+    meanwhile.
 
     Raises `LimitExceeded` (`MAX_DEPTH`), and `TypeError` for a Python value that is no term.
     """
