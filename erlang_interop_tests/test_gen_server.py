@@ -193,7 +193,11 @@ async def test_python_calls_a_server_on_a_beam(erl_node: BeamNode, beam: Beams) 
         with pytest.raises(asyncio.CancelledError):
             await pending
         assert await call(node, pid, (LATER, 10)) is Atom("late")
-        assert await erl_node.eval("process_info(P, monitored_by)", P=pid) == (Atom("monitored_by"), [])
+
+        async def unwatched() -> bool:
+            return await erl_node.eval("process_info(P, monitored_by)", P=pid) == (Atom("monitored_by"), [])
+
+        await wait_until(unwatched)
         with pytest.raises(ProcessDied) as died:
             await call(node, pid, Atom("crash"))
         assert died.value.reason is Atom("crashed")

@@ -12,9 +12,9 @@ on asyncio.
 from __future__ import annotations
 
 from gater.erl import kernel, pg, rpc
-from gater.erl.node import Node, NodeOptions
+from gater.erl.node import Node, NodeOptions, NodeTls
 
-__all__ = ["Node", "NodeOptions", "make_node"]
+__all__ = ["Node", "NodeOptions", "NodeTls", "make_node"]
 
 
 def make_node(name: str, *, cookie: str, options: NodeOptions | None = None) -> Node:

@@ -4,8 +4,8 @@ Follows the ERTS user's guide, "Distribution Protocol", section "Distribution Ha
 OTP 25 to 28 does. Sockets, timers, random numbers and the question which connections exist already are the owner's;
 after the handshake the stream belongs to `connection.py`.
 
-Theory of operation. Every packet has a two-byte length in front. A is the initiator (it opened the socket), B the
-acceptor; the owner of a machine carries out the effects it returns.
+Theory of operation. Every packet has its length in front, in two bytes (four over TLS). A is the initiator (it opened
+the socket), B the acceptor; the owner of a machine carries out the effects it returns.
 
 | A waits for    | A sends            |   | B waits for      | B sends            | then B's owner              |
 |----------------|--------------------|---|------------------|--------------------|-----------------------------|
@@ -293,12 +293,14 @@ class Handshake:
     :param cookie: initiators only: the cookie for `peer_name`. Acceptors learn the name first and give the cookie to
         `accept`.
     :param peer_name: initiators only: the full name of the node called.
+    :param length_bytes: how many bytes of length stand before a packet: 2 or, over TLS (`inet_tls_dist.erl`), 4.
     """
 
     __slots__ = (
         "_buffer",
         "_challenge",
         "_cookie",
+        "_length_bytes",
         "_local",
         "_peer_creation",
         "_peer_flags",
@@ -317,6 +319,7 @@ class Handshake:
         challenge: int,
         cookie: str | None = None,
         peer_name: str | None = None,
+        length_bytes: int = 2,
     ) -> None:
         if not 0 <= challenge <= _MAX_UINT32:
             raise LocalProtocolError(f"a challenge has 32 bits, this one is {challenge}")
@@ -335,6 +338,7 @@ class Handshake:
         self._peer_name = peer_name
         self._peer_flags = DistributionFlag(0)
         self._peer_creation = 0
+        self._length_bytes: Final = length_bytes
         self._state = State.CREATED
         self._buffer = bytearray()
         self.leftover: bytes = b""
@@ -360,7 +364,7 @@ class Handshake:
         name = self._local.name.encode("latin-1")
         fields = _NAME_FIELDS.pack(self._local.flags, self._local.creation, len(name))
         self._state = State.STATUS
-        return [Send(_packet(b"N" + fields + name))]
+        return [Send(self._packet(b"N" + fields + name))]
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Effect]:
         """Take the next bytes of the stream, cut anywhere.
@@ -391,7 +395,7 @@ class Handshake:
         self._expect_state(State.OWNER, "accept")
         if self._role != "acceptor":
             raise LocalProtocolError("accept() is for acceptors; an initiator's owner calls confirm_alive()")
-        told: list[Effect] = [Send(_packet(b"s" + status.encode()))]
+        told: list[Effect] = [Send(self._packet(b"s" + status.encode()))]
         if status in ("nok", "not_allowed"):
             self._state = State.FAILED
             return told
@@ -415,9 +419,9 @@ class Handshake:
             raise LocalProtocolError("confirm_alive() is for initiators; an acceptor's owner calls accept()")
         if not proceed:
             self._state = State.FAILED
-            return [Send(_packet(b"sfalse"))]
+            return [Send(self._packet(b"sfalse"))]
         self._state = State.CHALLENGE
-        return [Send(_packet(b"strue")), *self._advance()]
+        return [Send(self._packet(b"strue")), *self._advance()]
 
     def describe_stall(self) -> str:
         """What to say of a peer that fell silent or hung up: what was being waited for, and the usual cause."""
@@ -452,19 +456,23 @@ class Handshake:
 
     def _next_packet(self) -> bytes | None:
         buffer = self._buffer
-        if len(buffer) < 2:
+        start = self._length_bytes
+        if len(buffer) < start:
             return None
-        length = int.from_bytes(buffer[:2], "big")
+        length = int.from_bytes(buffer[:start], "big")
         if not 0 < length <= MAX_HANDSHAKE_PACKET_BYTES:
             raise self._fail(
                 f"MAX_HANDSHAKE_PACKET_BYTES allows packets of 1 to {MAX_HANDSHAKE_PACKET_BYTES} bytes, {length} were "
                 f"announced; the first bytes {bytes(buffer[:8])!r} do not look like an Erlang node"
             )
-        if len(buffer) < 2 + length:
+        if len(buffer) < start + length:
             return None
-        packet = bytes(buffer[2 : 2 + length])
-        del buffer[: 2 + length]
+        packet = bytes(buffer[start : start + length])
+        del buffer[: start + length]
         return packet
+
+    def _packet(self, content: bytes) -> bytes:
+        return len(content).to_bytes(self._length_bytes, "big") + content
 
     def _fail(self, message: str, error: type[HandshakeError] = HandshakeError) -> HandshakeError:
         peer = f" with {self._peer_name}" if self._peer_name is not None else ""
@@ -475,7 +483,7 @@ class Handshake:
 
     def _refuse(self, message: str) -> HandshakeError:
         """Fail, and owe the peer the status that says so."""
-        self.farewell = _packet(b"snot_allowed")
+        self.farewell = self._packet(b"snot_allowed")
         return self._fail(message)
 
     def _peer_fields(self, packet: bytes, fields: Struct) -> tuple[list[int], str]:
@@ -555,7 +563,7 @@ class Handshake:
         name = self._local.name.encode("latin-1")
         fields = _CHALLENGE_FIELDS.pack(self._local.flags, self._challenge, self._local.creation, len(name))
         self._state = State.REPLY
-        return Send(_packet(b"N" + fields + name))
+        return Send(self._packet(b"N" + fields + name))
 
     def _on_challenge(self, packet: bytes) -> list[Effect]:
         if packet[:1] != b"N":
@@ -571,14 +579,14 @@ class Handshake:
         if fault is not None:
             raise self._fail(fault)
         self._state = State.ACK
-        return [Send(_packet(b"r" + self._challenge.to_bytes(4, "big") + self._own_digest(challenge)))]
+        return [Send(self._packet(b"r" + self._challenge.to_bytes(4, "big") + self._own_digest(challenge)))]
 
     def _on_reply(self, packet: bytes) -> list[Effect]:
         if packet[:1] != b"r" or len(packet) != 5 + _DIGEST_BYTES:
             raise self._fail(f"a challenge reply (r) of 21 bytes was expected, {packet[:32]!r} came")
         if not hmac.compare_digest(packet[5:], self._own_digest(self._challenge)):
             raise self._fail("the peer has another cookie than we have for it", AuthenticationError)
-        acknowledgement = Send(_packet(b"a" + self._own_digest(int.from_bytes(packet[1:5], "big"))))
+        acknowledgement = Send(self._packet(b"a" + self._own_digest(int.from_bytes(packet[1:5], "big"))))
         return [acknowledgement, self._completed()]
 
     def _on_ack(self, packet: bytes) -> list[Effect]:
@@ -606,7 +614,3 @@ _HANDLERS: Final[dict[State, Callable[[Handshake, bytes], list[Effect]]]] = {
     State.REPLY: Handshake._on_reply,
     State.ACK: Handshake._on_ack,
 }
-
-
-def _packet(content: bytes) -> bytes:
-    return len(content).to_bytes(2, "big") + content

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import secrets
+import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -26,14 +27,14 @@ from gater.erl.connection import MAX_FRAME_BYTES, Connection
 from gater.erl.epmd import BuiltinEpmd, EpmdPortInUse, EpmdUnavailable, Registration, register
 from gater.erl.errors import NodeError
 from gater.erl.exports import Exports
-from gater.erl.handshake import HEADER_FLAGS, OUR_FLAGS, node_name_fault
+from gater.erl.handshake import HANDSHAKE_TIMEOUT_S, HEADER_FLAGS, OUR_FLAGS, node_name_fault
 from gater.erl.peers import MAX_PEERS, NodeWatcher, Peers
 from gater.erl.process import SHUTDOWN, Mailbox, Process, Receiver, described
 from gater.erl.routing import Router
 from gater.erl.signals import Alias, Monitor, Signals
 from gater.erl.terms import Atom, ImproperList, Pid, Reference, Term
 
-__all__ = ["Monitor", "Node", "NodeOptions"]
+__all__ = ["Monitor", "Node", "NodeOptions", "NodeTls"]
 
 TICKTIME_S: Final = 60.0
 """`net_ticktime`: a peer that has been silent this long (up to a quarter more) is down."""
@@ -63,6 +64,40 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class NodeTls:
+    """How a node of `-proto_dist inet_tls` proves who it is, to those who connect (`server`) and when it connects.
+
+    `NodeTls.of_files` makes what a cluster usually wants; other contexts can be given as they are.
+    """
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+    @classmethod
+    def of_files(
+        cls, *, certificate: str, key: str, authority: str, check_host: bool = True, ask_clients: bool = True
+    ) -> NodeTls:
+        """Contexts from PEM files: this node's certificate and key, and the authority that signed those of all nodes.
+
+        `check_host` compares the host part of a node's name with its certificate, `ask_clients` demands a certificate
+        of those who connect. `NodeError` if a file cannot be used.
+        """
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = check_host
+        if ask_clients:
+            server.verify_mode = ssl.CERT_REQUIRED
+        for context in (server, client):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            try:
+                context.load_cert_chain(certificate, key)
+                context.load_verify_locations(authority)
+            except OSError as error:
+                raise NodeError(f"TLS: {certificate}, {key} or {authority} cannot be used: {error}") from error
+        return cls(server, client)
+
+
+@dataclass(frozen=True, slots=True)
 class NodeOptions:
     """What a node may be told; every default is what `erl` would do."""
 
@@ -80,6 +115,8 @@ class NodeOptions:
     max_peers: int = MAX_PEERS
     ticktime_s: float = TICKTIME_S
     max_frame_bytes: int = MAX_FRAME_BYTES
+    tls: NodeTls | None = None
+    """Distribution over TLS (`-proto_dist inet_tls`), with all peers; None: plain TCP."""
     headers: bool = True
     """Offer distribution headers: an atom cache, and fragments between which small messages pass. A node that passes on
     much without looking at it (`spine_levels`) is faster without them: terms that refer to a cache have to be
@@ -208,9 +245,17 @@ class Node:
     async def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         hosts: tuple[str | None, ...] = self.options.listen_hosts or _default_listen_hosts(self.host) or (None,)
         port = self.options.listen_port
+        tls = self.options.tls
         for host in hosts:
             try:
-                server = await loop.create_server(self.peers.accept, host, port, reuse_address=True)
+                server = await loop.create_server(
+                    self.peers.accept,
+                    host,
+                    port,
+                    reuse_address=True,
+                    ssl=None if tls is None else tls.server,
+                    ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT_S,
+                )
             except OSError as error:
                 where = host or "all addresses"
                 raise NodeError(f"cannot listen on {where}, port {port}: {error.strerror or error}") from error

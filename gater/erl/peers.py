@@ -192,7 +192,14 @@ class Peers:
         node = self._node
         identity = LocalIdentity(node.name.name, node.flags, node.creation)
         cookie = None if peer is None else node.cookie_for(peer)
-        return Handshake(role, identity, challenge=secrets.randbits(32), cookie=cookie, peer_name=peer)
+        return Handshake(
+            role,
+            identity,
+            challenge=secrets.randbits(32),
+            cookie=cookie,
+            peer_name=peer,
+            length_bytes=2 if node.options.tls is None else 4,
+        )
 
     async def _attempt(self, connection: Connection) -> None:
         peer = connection.peer.name
@@ -203,12 +210,17 @@ class Peers:
                 raise NotConnected(f"{peer!r} is not a node name: it {problem}")
             name, _, host = peer.partition("@")
             port = self._node.options.epmd_port
+            tls = self._node.options.tls
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 found = await lookup(name, host, epmd_port=port)
                 if found is None:
                     raise NotConnected(f"{peer} is not known to the EPMD on {host}:{port}")
                 await self._node.loop.create_connection(
-                    lambda: PeerProtocol(self._node, self._handshake("initiator", peer), connection), host, found.port
+                    lambda: PeerProtocol(self._node, self._handshake("initiator", peer), connection),
+                    host,
+                    found.port,
+                    ssl=None if tls is None else tls.client,
+                    server_hostname=None if tls is None else host,
                 )
             return
         except TimeoutError:
