@@ -283,7 +283,10 @@ class Simulation:
             case p.ReadPage(token, stream, start, count):
                 events = self.store.get(stream, [])
                 events = events[: max(0, len(events) - lag)]
-                self.soon(p.Page(token, None if fails else events[start : start + count]))
+                page = events[start : start + count]
+                if lag and len(page) > 2:
+                    del page[rng.randrange(len(page))]
+                self.soon(p.Page(token, None if fails else page))
             case p.ReadCounts(token, streams):
                 names = self.store if streams is None else streams
                 counts = {name: max(0, len(self.store.get(name, ())) - lag) for name in names}
@@ -529,3 +532,6 @@ class Simulation:
                         assert sub.delivered[at] or at in sub.parked, f"{event} was never delivered to {sub.key}"
                 if sub.saved is not None:
                     assert sub.saved.get(stream, 0) <= len(events)
+                if sub.spec.persistent:
+                    for event in self.wanted(sub, stream):
+                        assert event.number < (sub.saved or {}).get(stream, 0), f"{event} is not in the checkpoint"

@@ -358,6 +358,7 @@ class Delivery:
             if other is entry:
                 behind = True
             elif behind and other.subscriber is subscriber and other.state is State.IN_FLIGHT:
+                other.timeouts = max(other.timeouts, entry.timeouts)
                 self._take_back(other, 0.0)
 
     def _take_back(self, entry: Entry, due: float) -> None:

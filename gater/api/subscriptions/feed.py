@@ -214,6 +214,8 @@ class Feed:
                 self._next.setdefault(stream, 0)
         if not self._subscriptions:
             self._poll = None
+            self._wakes.clear()
+            self._paused.clear()
 
     def _forget_stream(self, stream: bytes) -> None:
         self._next.pop(stream, None)

@@ -55,7 +55,7 @@ class PollPlan:
 
     def index_due(self, now: float) -> bool:
         """Whether to ask for the index now; if so it counts as asked."""
-        if self._asked_index is not None and now - self._asked_index < ANSWER_S:
+        if self._asked_index is not None and now < self._asked_index + ANSWER_S:
             return False
         if now < self._next_index:
             return False
@@ -74,8 +74,11 @@ class PollPlan:
 
     def counts_due(self, now: float) -> bool:
         """Whether to ask for the counts now; if so they count as asked."""
-        if self._asked_counts is not None and now - self._asked_counts < ANSWER_S:
-            return False
+        if self._asked_counts is not None:
+            if now < self._asked_counts + ANSWER_S:
+                return False
+            self._asked_counts = None
+            self._must = True
         if not self._wants_counts(now) or now < self._affordable_at(now):
             return False
         self._asked_counts = now
