@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gater.erl.errors import ErlError
+from gater.erl.errors import ErlError, shown
 
 
 class GaterError(ErlError):
@@ -95,7 +95,7 @@ class WorkerDied(GaterError):
     def __init__(self, operation: str, reason: Any) -> None:
         self.operation = operation
         self.reason = reason
-        super().__init__(f"{operation}: the worker died before it answered, reason {reason!r}")
+        super().__init__(f"{operation}: the worker died before it answered, reason {shown(reason)}")
 
 
 class UnknownOutcome(GaterError):
@@ -107,7 +107,8 @@ class UnknownOutcome(GaterError):
     def __init__(self, operation: str, details: Any) -> None:
         self.operation = operation
         self.details = details
-        super().__init__(f"{operation}: the outcome is unknown ({details}); read the stream before trying again")
+        known = details if isinstance(details, str) else shown(details)
+        super().__init__(f"{operation}: the outcome is unknown ({known}); read the stream before trying again")
 
 
 class PartiallyAppended(GaterError):
@@ -127,7 +128,7 @@ class NoQuorum(GaterError):
 
     def __init__(self, details: Any) -> None:
         self.details = details
-        super().__init__(f"the store has no quorum that this gateway can see ({details!r}): try again later")
+        super().__init__(f"the store has no quorum that this gateway can see ({shown(details)}): try again later")
 
 
 class RequestFailed(GaterError):
@@ -136,7 +137,7 @@ class RequestFailed(GaterError):
     def __init__(self, operation: str, reason: Any) -> None:
         self.operation = operation
         self.reason = reason
-        super().__init__(f"{operation} failed: {reason!r}")
+        super().__init__(f"{operation} failed: {shown(reason)}")
 
 
 class Overloaded(GaterError):

@@ -66,6 +66,10 @@ FRAGMENTS: Final = int(DistributionFlag.FRAGMENTS)
 DIST_HDR_ATOM_CACHE: Final = int(DistributionFlag.DIST_HDR_ATOM_CACHE)
 """Flags are tested as plain integers: the operators of `IntFlag` make an object each time."""
 
+SMALL_PIECE_BYTES: Final = 4096
+"""Pieces of a frame below this size are gathered in one buffer. A peer that sends single bytes would else make us keep
+forty times as much."""
+
 PASS_THROUGH: Final = 112
 VERSION: Final = 131
 _LENGTH: Final = struct.Struct(">I")
@@ -89,7 +93,7 @@ class FrameReader:
 
     def __init__(self, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._pieces: list[bytes | memoryview] = []
+        self._pieces: list[bytes | bytearray | memoryview] = []
         """The beginning of a frame, its length included."""
         self._held = 0
         self._need = 4
@@ -104,7 +108,7 @@ class FrameReader:
         held = self._held
         if held:
             if held + len(data) < self._need:
-                self._pieces.append(data)
+                self._hold(data)
                 self._held = held + len(data)
                 return frames
             pieces = self._pieces
@@ -134,6 +138,17 @@ class FrameReader:
             self._held = size - position
             self._need = need
         return frames
+
+    def _hold(self, data: bytes) -> None:
+        """Keep one more piece; small ones are kept together, for each object weighs more than a byte."""
+        pieces = self._pieces
+        last = pieces[-1]
+        if len(data) >= SMALL_PIECE_BYTES:
+            pieces.append(data)
+        elif type(last) is bytearray and len(last) < SMALL_PIECE_BYTES:
+            last += data
+        else:
+            pieces.append(bytearray(data))
 
 
 class _Large:
@@ -469,11 +484,11 @@ class Connection:
         self._paused = False
         self.flush()
 
-    def take_over(self, protocol: PeerProtocol, flags: DistributionFlag, creation: int) -> None:
+    def take_over(self, protocol: PeerProtocol, flags: int, creation: int) -> None:
         """The handshake is done: this stream now carries the connection, and what waited is sent."""
         self.protocol = protocol
         self.inbound = None
-        self.flags = int(flags)
+        self.flags = flags
         self.creation = creation
         self.state = "up"
         if not self.flags & SEND_SENDER:

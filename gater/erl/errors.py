@@ -8,7 +8,9 @@ code and is raised to it. What a remote call can end in stands below `CallError`
 
 from __future__ import annotations
 
-from typing import Any
+import reprlib
+from itertools import islice
+from typing import Any, Final
 
 
 class ErlError(Exception):
@@ -62,6 +64,33 @@ class NotConnected(NodeError):
     """No connection to that node exists, and none could be made."""
 
 
+class _ShortRepr(reprlib.Repr):
+    """`repr` of a term of any size and depth, in a line or two. What is cut off is shown as `...`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 8
+        self.maxtuple = self.maxlist = self.maxdict = 16
+        self.maxstring = self.maxother = 400
+        self.maxlong = 60
+
+    def repr_bytes(self, term: bytes, level: int) -> str:
+        return repr(term) if len(term) <= self.maxstring else f"{term[: self.maxstring]!r}...({len(term)} bytes)"
+
+    def repr_int(self, term: int, level: int) -> str:
+        return repr(term) if term.bit_length() <= 256 else f"(an integer of {term.bit_length()} bits)"
+
+    def repr_ImproperList(self, term: Any, level: int) -> str:
+        return f"ImproperList({self.repr1(term.elements, level)}, {self.repr1(term.tail, level - 1)})"
+
+    def repr_TermMap(self, term: Any, level: int) -> str:
+        return f"TermMap({self.repr1(list(islice(term.pairs(), self.maxdict + 1)), level)})"
+
+
+shown: Final = _ShortRepr().repr
+"""A term for a person: its `repr`, cut short. Terms of a remote may be too large or too deep for `repr` itself."""
+
+
 class CallError(ErlError):
     """A call to another process or node did not return normally.
 
@@ -70,7 +99,7 @@ class CallError(ErlError):
 
     def __init__(self, reason: Any, message: str | None = None) -> None:
         self.reason = reason
-        super().__init__(message if message is not None else f"call failed: {reason!r}")
+        super().__init__(message if message is not None else f"call failed: {shown(reason)}")
 
 
 class CallTimeout(CallError):

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import CoroutineType, NoneType
 from typing import Any, Final, NamedTuple
 
-from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied
+from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied, shown
 from gater.erl.node import Monitor, Node
 from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop
 from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
@@ -330,7 +330,7 @@ def down_error(target: Term, reason: Term) -> CallError:
     if reason is NOCONNECTION:
         node = target.node if type(target) is Pid else target[1] if type(target) is tuple else target
         return ConnectionLost((NODEDOWN, node), f"the connection to {node} broke before {_shown(target)} answered")
-    return ProcessDied(reason, f"{_shown(target)} exited before it answered: {reason!r}")
+    return ProcessDied(reason, f"{_shown(target)} exited before it answered: {shown(reason)}")
 
 
 def _shown(target: Term) -> str:

@@ -188,10 +188,13 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class PeerNamed:
-    """Acceptor: the peer says who it is. The machine waits until the owner calls `accept`."""
+    """Acceptor: the peer says who it is. The machine waits until the owner calls `accept`.
+
+    `flags` are `DistributionFlag`s as a plain number: the enumeration would remember every combination a peer makes up.
+    """
 
     name: str
-    flags: DistributionFlag
+    flags: int
     creation: int
 
 
@@ -208,14 +211,14 @@ class StatusReceived:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """Both sides know the cookie. `flags` is what both can do, `peer_flags` all that the peer offered.
+    """Both sides know the cookie. `flags` is what both can do, `peer_flags` all that the peer offered (plain numbers).
 
     After an `accept("alive", ..)` the owner now drops the old connection to that node before it uses this one.
     """
 
     peer_name: str
-    flags: DistributionFlag
-    peer_flags: DistributionFlag
+    flags: int
+    peer_flags: int
     creation: int
 
 
@@ -336,7 +339,7 @@ class Handshake:
         self._challenge: Final = challenge
         self._cookie = cookie
         self._peer_name = peer_name
-        self._peer_flags = DistributionFlag(0)
+        self._peer_flags = 0
         self._peer_creation = 0
         self._length_bytes: Final = length_bytes
         self._state = State.CREATED
@@ -497,11 +500,10 @@ class Handshake:
         return numbers, packet[start : start + name_length].decode("latin-1")
 
     def _check_flags(self, offered: int) -> str | None:
-        flags = DistributionFlag(offered)
-        if flags & DistributionFlag.MANDATORY_25_DIGEST:
-            flags |= MANDATORY_25_FLAGS
-        self._peer_flags = flags
-        missing = MANDATORY_FLAGS & ~flags
+        if offered & DistributionFlag.MANDATORY_25_DIGEST:
+            offered |= int(MANDATORY_25_FLAGS)
+        self._peer_flags = offered
+        missing = int(MANDATORY_FLAGS) & ~offered
         if missing:
             return f"the peer lacks {flag_names(missing)}; it has to run OTP 25 or later"
         return None
@@ -603,7 +605,9 @@ class Handshake:
     def _completed(self) -> Completed:
         assert self._peer_name is not None
         self._state = State.DONE
-        return Completed(self._peer_name, self._local.flags & self._peer_flags, self._peer_flags, self._peer_creation)
+        return Completed(
+            self._peer_name, int(self._local.flags) & self._peer_flags, self._peer_flags, self._peer_creation
+        )
 
 
 _HANDLERS: Final[dict[State, Callable[[Handshake, bytes], list[Effect]]]] = {

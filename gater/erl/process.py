@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import structlog
 
-from gater.erl.errors import ErlangError, ErlangExit, ErlangThrow
+from gater.erl.errors import ErlangError, ErlangExit, ErlangThrow, shown
 from gater.erl.terms import Atom, Pid, Reference, Term
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Stop(Exception):
 
     def __init__(self, reason: Term = NORMAL) -> None:
         self.reason = reason
-        super().__init__(f"stop: {reason!r}")
+        super().__init__(f"stop: {shown(reason)}")
 
 
 class Receiver(Protocol):
