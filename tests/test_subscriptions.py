@@ -493,8 +493,7 @@ def test_a_large_checkpoint_is_written_in_parts() -> None:
 
 def test_streams_are_counted_only_when_the_index_has_moved() -> None:
     plan = PollPlan(0.0)
-    assert plan.counts_due(0.0)
-    plan.counts(True, 0.01, 0.0)
+    assert not plan.counts_due(0.0)
     plan.index(5, 0.1)
     assert plan.counts_due(0.1)
     plan.counts(True, 0.01, 0.11)
@@ -547,6 +546,7 @@ def test_without_an_index_streams_are_counted_now_and_then() -> None:
 def test_a_question_without_answer_is_asked_again() -> None:
     plan = PollPlan(0.0)
     assert plan.index_due(0.0)
+    plan._index = 1
     assert plan.counts_due(0.0)
     assert not plan.index_due(ANSWER_S - 0.1)
     assert plan.deadline(1.0) == ANSWER_S

@@ -25,7 +25,7 @@ from typing import Any, Final
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.backlog import GAP_READS, PAGE_EVENTS, READ_AGAIN_S
 from gater.api.subscriptions.matching import Matcher, SelectorError, compile_selector
-from gater.api.subscriptions.poll import PollPlan
+from gater.api.subscriptions.poll import ANSWER_S, PollPlan
 from gater.api.subscriptions.protocol import Effect, Event, Input, Key, Log, ReadCounts, ReadIndex, ReadPage, Started
 from gater.api.subscriptions.subscription import Subscription
 
@@ -34,6 +34,9 @@ MAX_READS: Final = 16
 
 MAX_SUBSCRIPTIONS: Final = 20_000
 """Subscriptions of one store in one gateway; each costs a few kilobytes and is asked about every event it may want."""
+
+START_AGAIN_S: Final = 0.5
+"""Pause after a count failed that subscriptions need to start."""
 
 MAX_VAIN_READS: Final = 6
 """Reads that find nothing of what a hint promised (1.5 s in all) before the promise is forgotten."""
@@ -70,8 +73,12 @@ class Feed:
         self._index_token = 0
         self._counts_token = 0
         self._counts_streams: tuple[bytes, ...] | None = None
-        self._counts_for: list[Subscription] = []
         self._starting: dict[Key, Subscription] = {}
+        self._start_token = 0
+        self._start_streams: tuple[bytes, ...] | None = None
+        self._start_for: list[Subscription] = []
+        self._start_at = now
+        """When the count that subscriptions need to start may be asked for, or asked for again."""
         self._reads: dict[int, tuple[Key | None, bytes, int, int]] = {}
         self._hungry: dict[Key, Subscription] = {}
         self._token = 0
@@ -115,6 +122,8 @@ class Feed:
         found = float("inf")
         if self._poll is not None:
             found = self._poll.deadline(self._now)
+        if self._starting:
+            found = min(found, self._start_at)
         if self._wakes:
             found = min(found, self._wakes[0][0])
         if self._paused:
@@ -169,7 +178,6 @@ class Feed:
             self._start(subscription, {})
         else:
             self._starting[input.key] = subscription
-            self._poll.must_count()
         return subscription
 
     def _group(self, matcher: Matcher) -> dict[Key, Subscription]:
@@ -463,65 +471,77 @@ class Feed:
             self._index_token = self._new_token()
             self._effects.append(ReadIndex(self._index_token))
         if poll.counts_due(now):
-            all_streams = bool(self._of_all or self._of_type)
             self._counts_token = self._new_token()
-            self._counts_streams = None if all_streams else tuple(self._of_stream)
-            self._counts_for = list(self._starting.values())
+            self._counts_streams = None if self._of_all or self._of_type else tuple(self._of_stream)
             self._effects.append(ReadCounts(self._counts_token, self._counts_streams))
+        if self._starting and now >= self._start_at:
+            self._start_token = self._new_token()
+            self._start_for = list(self._starting.values())
+            streams = {subscription.matcher.stream for subscription in self._start_for}
+            self._start_streams = None if None in streams else tuple(stream for stream in streams if stream is not None)
+            self._start_at = now + ANSWER_S
+            self._effects.append(ReadCounts(self._start_token, self._start_streams))
 
     def _index(self, input: p.Index) -> None:
         if self._poll is not None and input.token == self._index_token:
             self._poll.index(input.value, self._now)
 
     def _counts(self, input: p.Counts) -> None:
-        if self._poll is None or input.token != self._counts_token:
+        if self._poll is None:
             return
-        self._counts_token = 0
-        self._poll.counts(input.counts is not None, input.took_s, self._now)
         counts = input.counts
-        if counts is None:
-            return
-        streams = self._counts_streams
-        if streams is None:
-            self._count_all(counts)
-        else:
-            for stream in streams:
-                if stream in self._of_stream:
-                    if stream in self._next:
-                        self._has(stream, counts.get(stream, 0))
-                    else:
-                        self._next[stream] = counts.get(stream, 0)
-        for subscription in self._counts_for:
-            of = subscription.matcher.stream
-            if self._starting.get(subscription.key) is subscription and (
-                streams is None or (of is not None and of in self._next)
-            ):
+        if input.token == self._counts_token:
+            self._counts_token = 0
+            self._poll.counts(counts is not None, input.took_s, self._now)
+            if counts is not None:
+                self._count(self._counts_streams, counts)
+        elif input.token == self._start_token:
+            self._start_token = 0
+            self._poll.charge(input.took_s, self._now)
+            if counts is None:
+                self._start_at = self._now + START_AGAIN_S
+            else:
+                self._start_at = self._now
+                self._count(self._start_streams, counts)
+                self._start_counted(counts)
+
+    def _start_counted(self, counts: Mapping[bytes, int]) -> None:
+        for subscription in self._start_for:
+            if self._starting.get(subscription.key) is subscription and self._is_covered(subscription.matcher):
                 del self._starting[subscription.key]
                 self._start(subscription, counts)
-        self._counts_for = []
-        if self._starting:
-            self._poll.must_count()
+        self._start_for = []
+
+    def _count(self, streams: tuple[bytes, ...] | None, counts: Mapping[bytes, int]) -> None:
+        """The store has so many events in these streams (None: in all)."""
+        if streams is None:
+            self._count_all(counts)
+            return
+        for stream in streams:
+            if stream in self._of_stream:
+                self._count_stream(stream, counts.get(stream, 0))
+
+    def _count_stream(self, stream: bytes, count: int) -> None:
+        if stream in self._next:
+            self._has(stream, count)
+        else:
+            self._next[stream] = count
 
     def _count_all(self, counts: Mapping[bytes, int]) -> None:
-        if self._of_all or self._of_type:
-            if self._synced:
-                following = self._next
-                for stream, count in counts.items():
-                    if following.get(stream, 0) < count:
-                        self._has(stream, count)
-                return
+        if not self._of_all and not self._of_type:
+            for stream in self._of_stream:
+                self._count_stream(stream, counts.get(stream, 0))
+        elif self._synced:
+            following = self._next
+            for stream, count in counts.items():
+                if following.get(stream, 0) < count:
+                    self._has(stream, count)
+        else:
             self._synced = True
             for stream, count in counts.items():
-                if stream in self._next:
-                    self._has(stream, count)
-                else:
-                    self._next[stream] = count
-        else:
+                self._count_stream(stream, count)
             for stream in self._of_stream:
-                if stream in self._next:
-                    self._has(stream, counts.get(stream, 0))
-                else:
-                    self._next[stream] = counts.get(stream, 0)
+                self._next.setdefault(stream, 0)
 
     # Time
 

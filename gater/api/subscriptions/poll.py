@@ -46,12 +46,8 @@ class PollPlan:
         self._asked_counts: float | None = None
         self._last_cost = 0.0
         self._retry_at = now
-        self._must = True
+        self._must = False
         self._confirm_at = float("inf")
-
-    def must_count(self) -> None:
-        """Somebody needs fresh counts, changed or not."""
-        self._must = True
 
     def index_due(self, now: float) -> bool:
         """Whether to ask for the index now; if so it counts as asked."""
@@ -98,6 +94,11 @@ class PollPlan:
         else:
             self._must = True
             self._retry_at = now + 1.0
+
+    def charge(self, took_s: float, now: float) -> None:
+        """Streams were counted for another reason, which cost the store so much."""
+        self._pay(now)
+        self._credit -= took_s
 
     def _wants_counts(self, now: float) -> bool:
         return self._must or self._index != self._counted_at or now >= self._confirm_at
