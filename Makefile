@@ -9,12 +9,13 @@ ARGS :=
 # One worker for each of the two cores the tests are made for; a file's tests stay together and share its nodes.
 PYTEST := -n 2 --dist loadfile
 
-.PHONY: help setup run test bench lint format lock beam clean
+.PHONY: help setup run test chaos bench lint format lock beam clean
 
 help:
 	@echo "make setup   make $(VENV), so that $(BIN)/gater runs"
 	@echo "make run     set up and start a gateway with an embedded store: gater start $(RUN)"
 	@echo "make test    set up (also erlang and elixir) and run every test; TESTS=... for some"
+	@echo "make chaos   five minutes of appends while nodes are killed, frozen and cut off: is anything lost?"
 	@echo "make bench   measure, side by side with others"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff put the sources in shape"
@@ -29,6 +30,9 @@ run: $(VENV)/.stamp-run
 TESTS := tests erlang_interop_tests
 test: $(VENV)/.stamp-test beam
 	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
+
+chaos: $(VENV)/.stamp-test beam
+	$(BIN)/python -m erlang_interop_tests.chaos $(ARGS)
 
 bench: $(VENV)/.stamp-bench beam
 	$(BIN)/python -m bench $(ARGS)

@@ -47,9 +47,10 @@ _SOURCE: Final = Path(__file__).resolve().parent / "chaos_writers.exs"
 _READ_ALL: Final = """
 :ok = ExESDB.StandIn.Raft.fence(:reg_gh, 10_000)
 table = ExESDB.StandIn.Tree.table(:reg_gh)
-for row <- ExESDB.StandIn.Tree.match(table, [:streams, {:if_node_exists, true}, {:if_node_exists, true}]) do
+for row <- ExESDB.StandIn.Tree.match(table, [:streams, {:if_node_exists, true}, {:if_node_exists, true}]),
+    [:streams, stream, number] = ExESDB.StandIn.Tree.path(row),
+    String.starts_with?(stream, prefix) do
   event = ExESDB.StandIn.Tree.data(row)
-  [:streams, stream, number] = ExESDB.StandIn.Tree.path(row)
   {stream, String.to_integer(number), event.event_number, event.event_id}
 end
 """
@@ -362,7 +363,14 @@ async def run_chaos(
         if by_workers
         else (Atom("gateways"), [gater.atom for gater in house.gaters])
     )
-    options = {"writers": writers, "streams": streams, "pause_ms": pause_ms, "targets": targets}
+    prefix = b"chaos-%d-" % seed
+    options = {
+        "writers": writers,
+        "streams": streams,
+        "prefix": prefix,
+        "pause_ms": pause_ms,
+        "targets": targets,
+    }
     await house.callers.eval("Chaos.Writers.start(options)", options=[(Atom(k), v) for k, v in options.items()])
     trouble = Trouble(house, random.Random(seed), longest_s=longest_fault_s)
     stop = asyncio.Event()
@@ -379,7 +387,7 @@ async def run_chaos(
     path = directory / "attempts"
     await house.callers.eval("Chaos.Writers.save(path)", path=str(path).encode(), timeout_s=60)
     attempts = [Attempt(*row) for row in etf.decode(path.read_bytes())]
-    members = [list(await node.eval(_READ_ALL, timeout_s=60)) for node in house.cluster.members]
+    members = [list(await node.eval(_READ_ALL, prefix=prefix, timeout_s=60)) for node in house.cluster.members]
     verdict = Verdict(elapsed, seed, trouble.faults, Counter(), 0, 0, [], Counter())
     judge(attempts, members, verdict)
     return verdict

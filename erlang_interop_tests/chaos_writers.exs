@@ -74,7 +74,7 @@ defmodule Chaos.Writers do
 
   defp stream do
     count = if :rand.uniform() < 0.2, do: @hot_streams, else: options().streams
-    "stream-#{:rand.uniform(count) - 1}"
+    "#{options().prefix}#{:rand.uniform(count) - 1}"
   end
 
   defp append(state, stream) do

@@ -184,9 +184,15 @@ class StoreNode:
         exports = self.node.exports
         exports.add("Elixir.ExESDB.StreamsHelper", "to_event_record", lambda *_: None, arities=[5])
         exports.add("khepri", "fence", lambda store, timeout_ms: schema.OK)
+        exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
         exports.add("erl_scan", "string", lambda text: (schema.OK, [], 1))
         exports.add("erl_parse", "parse_exprs", lambda tokens: (schema.OK, [Atom("guarded_append")]))
         exports.add("erl_eval", "exprs", self._evaluate)
+
+    async def _child_list_length(self, store: Atom, path: Term, options: Term) -> Term:
+        _, stream = path
+        ok, version = await self.cluster.ask(("get_version", store, stream))
+        return (ok, {tuple(path): {Atom("child_list_length"): version + 1}} if version >= 0 else {})
 
     async def _evaluate(self, forms: Term, bindings: Term) -> Term:
         assert forms == [Atom("guarded_append")]

@@ -126,7 +126,8 @@ defmodule ExESDB.StandIn do
   @doc "Refuses connections with these nodes from now on, in both directions, and drops those there are."
   def cut(nodes) do
     for node <- nodes do
-      Node.set_cookie(node, :"cut off by the test")
+      # Of its own, or two that cut each other off would agree on a new cookie.
+      Node.set_cookie(node, :"cut off by #{node()}")
       Node.disconnect(node)
     end
 

@@ -55,6 +55,7 @@ class Appends:
         self._remembered: OrderedDict[tuple[Atom, bytes], tuple[int, Atom]] = OrderedDict()
         self._writing: dict[Atom, int] = {}
         self._waiting: dict[Atom, deque[tuple[_AppendCall, Write]]] = {}
+        self._quiet_until: dict[Atom, float] = {}
 
     def submit(self, request: Request, events: Term, on_reply: OnReply, timeout_s: float) -> None:
         """Carry out an append; `events` are its events as they are to be sent (encoded or not)."""
@@ -114,6 +115,13 @@ class Appends:
         for call, step in self._waiting.pop(node, ()):
             call.resume(step)
 
+    def complain(self, store: Atom, node: Atom, reason: Term) -> None:
+        """Log that an attempt has failed, at most once a second for each node."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._quiet_until.get(node, now):
+            self._quiet_until[node] = now + 1
+            log.warning("append_attempt_failed", store=str(store), peer=str(node), reason=repr(reason)[:200])
+
     def remembered(self, key: tuple[Atom, bytes]) -> tuple[int, Atom] | None:
         """The version this gateway last saw of a stream, and who its owner was."""
         return self._remembered.get(key)
@@ -130,6 +138,7 @@ class _AppendCall:
     """One append: at most one write at a time, exactly one reply."""
 
     __slots__ = (
+        "_all_tried",
         "_appends",
         "_avoid",
         "_deadline",
@@ -159,6 +168,7 @@ class _AppendCall:
         self.key = (request.store or Atom("undefined"), request.stream or b"")
         self._plan: Append
         self._avoid: set[Atom] = set()
+        self._all_tried = False
         self._node: Atom | None = None
         self._writing_on: Atom | None = None
         self._pending: PendingRpc | PendingCall | None = None
@@ -228,11 +238,18 @@ class _AppendCall:
         """Choose who writes: the stream's owner, or who takes its place. False if there is nobody (yet)."""
         service, now = self._service, self._loop.time()
         unfit = service.unfit_for_writes(self._store)
+        self._all_tried = False
         self._node = service.router.owner(self._store, self._stream, now, self._avoid | unfit)
         if self._node is None and self._avoid:
             self._avoid.clear()
+            self._all_tried = True
             self._node = service.router.owner(self._store, self._stream, now, unfit)
         return self._node is not None
+
+    def _choose_another_node(self) -> bool:
+        """As `_choose_node`; False also if every node has been tried since the last pause."""
+        before = self._node
+        return self._choose_node() and self._node is not before and not self._all_tried
 
     @property
     def _is_guarded(self) -> bool:
@@ -355,7 +372,7 @@ class _AppendCall:
         node = self._node
         if node is None:
             return
-        log.warning("append_attempt_failed", store=str(self._store), peer=str(node), reason=repr(reason)[:200])
+        self._appends.complain(self._store, node, reason)
         if self._service.router.breaker(node).failed(self._loop.time()):
             log.warning("node_left_out", store=str(self._store), peer=str(node))
             self._appends.left_out(node)
@@ -363,8 +380,7 @@ class _AppendCall:
 
     def _again(self, step: Step) -> None:
         """Take `step` on another node if there is one, else on this one a little later."""
-        before = self._node
-        if self._choose_node() and self._node is not before:
+        if self._choose_another_node():
             self.take(step)
         else:
             self._loop.call_later(PAUSE_S, self.resume, step)
@@ -438,8 +454,7 @@ class _AppendCall:
     async def _elsewhere(self, error: CallError | ErlangException) -> None:
         """Go on on another node if there is one, else on this one a little later."""
         self._attempt_failed(error.reason)
-        before = self._node
-        if not self._choose_node() or self._node is before:
+        if not self._choose_another_node():
             await asyncio.sleep(PAUSE_S)
 
     async def _catch_up(self) -> None:
@@ -468,6 +483,8 @@ class _AppendCall:
             await asyncio.sleep(PAUSE_S / 10)
 
     async def _version(self, node: Atom | None) -> int:
+        if node is not None and self._is_guarded:
+            return await guarded.version(self._service.node, node, self._store, self._stream, CATCH_UP_S)
         match await self._ask(node, schema.get_version_request(self._store, self._stream)):
             case (schema.OK, int(version)):
                 return version

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from gater.erl.errors import CallError
 from gater.erl.etf import encode_term
 from gater.erl.node import Node
 from gater.erl.rpc import erpc_call
-from gater.erl.terms import Atom, EncodedTerm, Term
+from gater.erl.terms import Atom, EncodedTerm, Term, TermMap
 
 SOURCE: Final = """
 Name = fun(Number) -> iolist_to_binary(io_lib:format("~6..0b", [Number])) end,
@@ -46,8 +47,10 @@ StoredAt = fun(Number) ->
                    end
            end,
 Refuse = fun(Kind, Number) ->
-                 case khepri:count(Store, [streams, Stream, {if_node_exists, true}]) of
-                     {ok, Count} -> throw({Kind, Number, Count});
+                 Properties = #{props_to_return => [child_list_length]},
+                 case khepri_adv:get_many(Store, [streams, Stream], Properties) of
+                     {ok, #{[streams, Stream] := #{child_list_length := Count}}} -> throw({Kind, Number, Count});
+                     {ok, _} -> throw({Kind, Number, 0});
                      Uncounted -> Failed(Number, Uncounted)
                  end
          end,
@@ -88,6 +91,8 @@ and the second one finds the first one's event. Such an event is this very recor
 earlier attempt may have stored it, at another time; otherwise it is equal.
 """
 
+STREAMS: Final = Atom("streams")
+CHILD_LIST_LENGTH: Final = Atom("child_list_length")
 WRITTEN: Final = Atom("written")
 REFUSED: Final = Atom("refused")
 AHEAD: Final = Atom("ahead")
@@ -109,6 +114,23 @@ async def prepare(node: Node, peer: Atom, timeout_s: float) -> EncodedTerm | Non
     scanned = await erpc_call(node, peer, "erl_scan", "string", [list(SOURCE.encode())], timeout_s=timeout_s)
     parsed = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
     return EncodedTerm(encode_term(parsed[1]))
+
+
+async def version(node: Node, peer: Atom, store: Atom, stream: bytes, timeout_s: float) -> int:
+    """At which version `peer` has the stream, -1: it does not exist. As quick for long streams as for short ones.
+
+    Raises `ErlangException` or `CallError` when the node or its store does not answer.
+    """
+    path: list[Term] = [STREAMS, stream]
+    options: dict[Term, Term] = {Atom("props_to_return"): [CHILD_LIST_LENGTH]}
+    answer = await erpc_call(node, peer, "khepri_adv", "get_many", [store, path, options], timeout_s=timeout_s)
+    match answer:
+        case (Atom(name="ok"), dict() | TermMap() as found):
+            for properties in found.values():
+                if type(properties) is dict and type(count := properties.get(CHILD_LIST_LENGTH)) is int:
+                    return count - 1
+            return -1
+    raise CallError(answer, f"{peer} does not say at which version the stream is: {answer!r}")
 
 
 def call(
