@@ -10,9 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, TypeAlias
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
 
 from gater.api import schema
 from gater.api.discovery import Discovery
@@ -30,6 +34,7 @@ from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected
 from gater.erl.node import Node
 from gater.erl.terms import Atom, Term
+from gater.errors import InvalidRequest
 from gater.settings import Settings
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -72,22 +77,31 @@ class Gateway:
         random one on 127.0.0.1.
         Raises `NotConnected` or `HandshakeError` if no node can be reached within `connect_timeout_s` seconds.
         """
+        _log_to_standard_error()
         if not nodes:
             raise ValueError("Gateway.connect needs the name of at least one node")
         if cookie is None or options is None:
             settings = Settings.load()
             cookie = settings.require_cookie() if cookie is None else cookie
-            options = NodeOptions(epmd_port=settings.epmd_port) if options is None else options
+            options = NodeOptions(epmd_port=settings.epmd_port, headers=False) if options is None else options
         node = make_node(name or _client_name(), cookie=cookie, options=options)
-        async with node:
+        discovery: Discovery | None = None
+        try:
+            async with asyncio.timeout(connect_timeout_s):
+                await node.start()
+                await _connect_to_any(node, nodes)
             service = Service(node)
             discovery = Discovery(service, through_gateways=True)
-            await _connect_to_any(node, nodes, connect_timeout_s)
             discovery.start()
-            try:
-                yield Gateway(service, timeout_s=timeout_s)
-            finally:
+            yield Gateway(service, timeout_s=timeout_s)
+        except TimeoutError as error:
+            if discovery is not None:
+                raise
+            raise NotConnected(f"no node answered within {connect_timeout_s:g} s") from error
+        finally:
+            if discovery is not None:
                 discovery.stop()
+            await node.stop()
 
     @property
     def node(self) -> Node:
@@ -106,6 +120,9 @@ class Gateway:
         is raised when the store was asked and did not answer.
         """
         batch = [events] if isinstance(events, NewEvent) else list(events)
+        for event in batch:
+            if not isinstance(event, NewEvent):
+                raise InvalidRequest(f"append_events: expected NewEvents, got a {type(event).__name__}")
         version = await self._ask(schema.append_events_request(Atom(store), stream, batch, expected_version))
         return int(version)
 
@@ -269,26 +286,38 @@ def _client_name() -> str:
     return f"gater_client_{os.getpid()}_{secrets.token_hex(4)}@127.0.0.1"
 
 
-async def _connect_to_any(node: Node, peers: Iterable[str], timeout_s: float) -> None:
+def _log_to_standard_error() -> None:
+    """Where nobody has set structlog up, warnings and worse go to standard error: its own default is everything, on
+    standard output, which is the program's."""
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[_drop_below_warning, *structlog.get_config()["processors"]],
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
+
+
+def _drop_below_warning(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    if method in ("debug", "info"):
+        raise structlog.DropEvent
+    return event
+
+
+async def _connect_to_any(node: Node, peers: Iterable[str]) -> None:
     """Connect to all peers at once; done when the first one is up, an error when none can be reached."""
     attempts = {asyncio.ensure_future(node.connect(peer)) for peer in peers}
-    problem: BaseException = NotConnected(f"no node answered within {timeout_s:g} s")
+    problem: BaseException = NotConnected("no node was named")
     try:
-        async with asyncio.timeout(timeout_s):
-            while attempts:
-                done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
-                for attempt in done:
-                    error = attempt.exception()
-                    if error is None:
-                        return
-                    if not isinstance(error, ErlError):
-                        raise error
-                    problem = error
-    except TimeoutError:
-        pass
+        while attempts:
+            done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in done:
+                error = attempt.exception()
+                if error is None:
+                    return
+                if not isinstance(error, ErlError):
+                    raise error
+                problem = error
     finally:
         for attempt in attempts:
-            attempt.cancel()
             # What fails later is reported by the node's log.
             attempt.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     raise problem

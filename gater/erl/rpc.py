@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
@@ -194,7 +194,7 @@ def run_exported(
     if not inspect.isawaitable(result):
         once(result, None)
         return None
-    task = asyncio.ensure_future(_awaited(result))
+    task = asyncio.ensure_future(result)
 
     def finished(ended: asyncio.Task[Term]) -> None:
         if ended.cancelled():
@@ -219,10 +219,6 @@ class _Once:
         done, self._done = self._done, None
         if done is not None:
             done(result, error)
-
-
-async def _awaited(pending: Awaitable[Term]) -> Term:
-    return await pending
 
 
 def plain_exit_reason(_: Term, error: BaseException | None) -> Term:
