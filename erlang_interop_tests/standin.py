@@ -102,12 +102,12 @@ class StandInCluster:
         await wait_until(ready, timeout_s, what=f"the stand-in cluster {self.names} being ready")
 
     async def workers(self, node: BeamNode | None = None) -> dict[tuple[Term, ...], Term]:
-        """The gateway workers (`{:gateway_worker, store, node, n}` → pid) in the registry of `node`."""
+        """The members' gateway workers (`{:gateway_worker, store, node, n}` → pid) in the registry of `node`."""
         asked = node or self.members[0]
         registered = await asked.eval(
             "for {name, _} = entry <- Swarm.registered(), match?({:gateway_worker, _, _, _}, name), do: entry"
         )
-        return dict(registered)
+        return {name: pid for name, pid in registered if str(name[2]) in self.names}
 
     async def call(self, request: Term, *, member: int = 0, timeout_s: float = 10.0) -> Term:
         """The reply of one of the member's own workers to a gateway worker request."""

@@ -1,34 +1,54 @@
-"""Finding the workers: connected nodes are asked what they run and which workers they know.
+"""Finding the workers: what our own Swarm registry says and, where it cannot know, what store nodes answer when asked.
 
-A node whose applications include `ex_esdb` holds stores: its `Swarm.registered/0` lists the gateway workers of the
-whole cluster. A client (`Gateway`) also takes nodes that run `gater`: it uses their API server, so that Python
-programs need one gateway only. A gateway never does that: gateways do not forward to gateways.
+A node whose applications include `ex_esdb` holds stores. Its gateway workers are registered in Swarm under
+`{:gateway_worker, store, node, n}`, so a member of the cluster (a gateway) knows them all, and at once when they come
+or go. Until a store node has told us its registry (`Swarm.is_synced`), and in a client, which is no member, it is asked
+for `Swarm.registered/0`, which lists the workers of the whole cluster.
 
-Asked when a node connects, every `REFRESH_S` seconds, and at once when a request finds no worker.
+Gateways register workers of the same kind for others to use. A gateway never forwards to a gateway: only workers on
+store nodes count. A worker on a node that is not connected counts once the node is connected and has said what it is.
+A client (`Gateway`) also takes nodes that run `gater`: it uses their API server, so that Python programs need one
+gateway only.
+
+Nodes are asked when they connect, every `REFRESH_S` while there is something to learn, and when a request finds no
+worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
 
 from gater.api import guarded
-from gater.api.router import parse_registry
+from gater.api.router import GATEWAY_WORKER, Registered, parse_registry
 from gater.api.server import API_MODULE
 from gater.api.service import Service
-from gater.erl.errors import ErlangException
+from gater.erl.errors import ErlangException, ErlError
 from gater.erl.process import NOCONNECTION, NOPROC
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
+from gater.swarm.peer import names_of
+from gater.swarm.registry import Entry
+from gater.swarm.swarm import Swarm
 
 REFRESH_S: Final = 5.0
 """How often registries are read again. A worker that died is noticed at once, by its monitor; only new ones wait."""
 
 ASK_TIMEOUT_S: Final = 3.0
 """How long a node may take to say what it runs or knows."""
+
+MAX_NODES_TRIED: Final = 64
+"""Nodes that registries name, that are not connected and could not be connected with lately; further ones are not
+tried. A cluster has tens of nodes."""
+
+TRY_AGAIN_S: Final = 30.0
+"""How long a node that could not be connected with is left alone."""
+
+SCAN_SHARE: Final = 0.1
+"""Of the time, how much may go into reading our own registry while it keeps changing."""
 
 EX_ESDB: Final = Atom("ex_esdb")
 GATER: Final = Atom("gater")
@@ -39,30 +59,44 @@ log = structlog.get_logger(__name__)
 class Discovery:
     """Keeps a service's router informed.
 
-    `through_gateways`: use the API servers of nodes that run gater, as a client does.
+    `swarm`: our membership in the cluster, if we are a member. `through_gateways`: use the API servers of nodes that
+    run gater, as a client does.
     """
 
-    def __init__(self, service: Service, *, through_gateways: bool = False) -> None:
+    def __init__(self, service: Service, *, swarm: Swarm | None = None, through_gateways: bool = False) -> None:
         self._service = service
         self._node = service.node
+        self._swarm = swarm
         self._through_gateways = through_gateways
+        self.on_change: Callable[[], object] = lambda: None
+        """Called after workers have come or gone."""
+        self._store_nodes: set[Atom] = set()
+        self._told: dict[Atom, list[Registered]] = {}
+        """What store nodes have answered that count as sources."""
+        self._asked_at: dict[Atom, float] = {}
+        self._unreachable: dict[Atom, float] = {}
         self._asking: dict[Atom, asyncio.Task[None]] = {}
         self._waiting: list[Callable[[], object]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._stop_watching: Callable[[], None] | None = None
+        self._scan: asyncio.Handle | None = None
+        self._scan_took_s = 0.0
+        self._end_watching: list[Callable[[], None]] = []
         service.registries = self
 
     def start(self) -> None:
         """Begin to watch the node's connections."""
-        self._stop_watching = self._node.monitor_nodes(self._node_changed)
+        self._end_watching.append(self._node.monitor_nodes(self._node_changed))
+        if self._swarm is not None:
+            self._end_watching.append(self._swarm.watch_starting_with(GATEWAY_WORKER, self._registry_changed))
         self._periodically()
 
     def stop(self) -> None:
         """Ask nobody any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._stop_watching is not None:
-            self._stop_watching()
+        for handle in (self._timer, self._scan):
+            if handle is not None:
+                handle.cancel()
+        for end in self._end_watching:
+            end()
         for asking in self._asking.values():
             asking.cancel()
 
@@ -76,18 +110,56 @@ class Discovery:
 
     def _periodically(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(REFRESH_S, self._periodically)
-        self.refresh(lambda: None)
+        for peer in self._node.nodes():
+            if not self._knows_by_itself(peer):
+                self._ask(peer)
+            elif self._told.get(peer):
+                self._told[peer] = []
+                self._take(peer, ())
+
+    def _knows_by_itself(self, peer: Atom) -> bool:
+        """Whether our own registry tells all about the workers of this node."""
+        return (
+            peer in self._store_nodes
+            and (peer in self._service.guarded_forms or self._service.append_mode == "worker")
+            and self._swarm is not None
+            and self._swarm.is_synced(peer)
+        )
 
     def _node_changed(self, peer: Atom, is_up: bool, reason: str) -> None:
         if is_up:
+            self._unreachable.pop(peer, None)
             self._ask(peer)
             return
+        self._store_nodes.discard(peer)
+        self._told.pop(peer, None)
+        self._asked_at.pop(peer, None)
         self._service.guarded_forms.pop(peer, None)
         asking = self._asking.get(peer)
         if asking is not None:
             asking.cancel()
         for worker in self._service.router.node_down(peer):
             self._service.unwatch(worker, NOCONNECTION)
+        self.on_change()
+
+    # Our own registry
+
+    def _registry_changed(self, name: Term, old: Entry | None, new: Entry | None) -> None:
+        if self._scan is None:
+            pause_s = self._scan_took_s / SCAN_SHARE
+            self._scan = asyncio.get_running_loop().call_later(pause_s, self._read_registry)
+
+    def _read_registry(self) -> None:
+        self._scan = None
+        if self._swarm is None:
+            return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        entries = self._swarm.registry.starting_with(GATEWAY_WORKER)
+        self._take(self._node.name, parse_registry([(entry.name, entry.pid) for entry in entries]))
+        self._scan_took_s = loop.time() - began
+
+    # What nodes say
 
     def _ask(self, peer: Atom) -> None:
         if peer not in self._asking:
@@ -104,14 +176,19 @@ class Discovery:
         waiting, self._waiting = self._waiting, []
         for on_done in waiting:
             on_done()
+        self.on_change()
 
     async def _learn(self, peer: Atom) -> None:
         try:
-            running = _names_of(await self._call(peer, "application", "which_applications"))
-            if EX_ESDB in running:
+            if peer not in self._store_nodes:
+                running = names_of(await self._call(peer, "application", "which_applications"))
+                if EX_ESDB in running:
+                    self._store_nodes.add(peer)
+                    self._take_again()
+                elif GATER in running and self._through_gateways:
+                    self._service.watch(self._service.router.add((Atom(API_MODULE), peer), peer, None))
+            if peer in self._store_nodes:
                 await self._learn_store_node(peer)
-            elif GATER in running and self._through_gateways:
-                self._service.watch(self._service.router.add((Atom(API_MODULE), peer), peer, None))
         except ErlangException as error:
             log.info("node_did_not_answer", peer=str(peer), reason=repr(error.reason)[:200])
 
@@ -119,19 +196,53 @@ class Discovery:
         service = self._service
         if peer not in service.guarded_forms and service.append_mode != "worker":
             service.guarded_forms[peer] = await guarded.prepare(self._node, peer, ASK_TIMEOUT_S)
+        now = asyncio.get_running_loop().time()
+        if self._knows_by_itself(peer) and now < self._asked_at.get(peer, float("-inf")) + REFRESH_S:
+            return
+        self._asked_at[peer] = now
         entries = parse_registry(await self._call(peer, "Elixir.Swarm", "registered"))
-        added, dropped = service.router.registered(peer, entries)
+        self._told[peer] = entries
+        self._take(peer, entries)
+        await self._connect_to({entry.pid.node for entry in entries})
+
+    async def _connect_to(self, nodes: set[Atom]) -> None:
+        """Registries name workers on nodes that are not connected: once they are they say themselves what they are."""
+        now = asyncio.get_running_loop().time()
+        for node in [node for node, until in self._unreachable.items() if until <= now]:
+            del self._unreachable[node]
+        known = {self._node.name, *self._node.nodes(), *self._unreachable}
+        missing = sorted(nodes - known, key=str)[: max(0, MAX_NODES_TRIED - len(self._unreachable))]
+        if not missing:
+            return
+        # An attempt that takes longer goes on; who waits for this answer does not.
+        attempts = [asyncio.ensure_future(self._connect(node, now)) for node in missing]
+        await asyncio.wait(attempts, timeout=ASK_TIMEOUT_S)
+
+    async def _connect(self, node: Atom, now: float) -> None:
+        self._unreachable[node] = now + TRY_AGAIN_S
+        try:
+            await self._node.connect(node)
+        except ErlError as error:
+            log.info("worker_unreachable", peer=str(node), reason=str(error))
+        else:
+            self._unreachable.pop(node, None)
+
+    def _take_again(self) -> None:
+        """A node has turned out to be a store node: its workers count from now on, whoever has told us of them."""
+        self._read_registry()
+        for source, entries in self._told.items():
+            self._take(source, entries)
+
+    def _take(self, source: Atom, entries: Iterable[Registered]) -> None:
+        """`source` lists these workers now."""
+        usable = [entry for entry in entries if entry.pid.node in self._store_nodes]
+        added, dropped = self._service.router.registered(source, usable)
         for worker in added:
-            service.watch(worker)
+            self._service.watch(worker)
         for worker in dropped:
-            service.unwatch(worker, NOPROC)
+            self._service.unwatch(worker, NOPROC)
+        if added or dropped:
+            self.on_change()
 
     async def _call(self, peer: Atom, module: str, function: str) -> Term:
         return await erpc_call(self._node, peer, module, function, timeout_s=ASK_TIMEOUT_S)
-
-
-def _names_of(applications: Term) -> set[Atom]:
-    """The names in an answer of `application:which_applications/0`, `[{Name, Description, Version}]`."""
-    if type(applications) is not list:
-        return set()
-    return {each[0] for each in applications if type(each) is tuple and each and type(each[0]) is Atom}
