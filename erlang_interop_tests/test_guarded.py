@@ -1,0 +1,167 @@
+"""The expression of the guarded append, evaluated by real nodes: on the stand-in, and where Khepri repeats commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from erlang_interop_tests.beam import BeamNode, Beams
+from erlang_interop_tests.standin import DEFAULT_STORE, StandInCluster
+from gater.api import guarded
+from gater.api.schema import NewEvent
+from gater.erl.terms import Atom, Term
+
+STORE = Atom(DEFAULT_STORE)
+STREAM = b"stream"
+WRITTEN, REFUSED, AHEAD, FAILED = Atom("written"), Atom("refused"), Atom("ahead"), Atom("failed")
+
+_EVALUATE = """
+{:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
+{:ok, forms} = :erl_parse.parse_exprs(tokens)
+bindings = [Again: again, Events: events, First: first, Store: store, Stream: stream, TimeoutMs: 1_000]
+
+try do
+  :erl_eval.exprs(forms, bindings)
+catch
+  thrown -> thrown
+end
+"""
+
+
+async def write(node: BeamNode, first: int, *events: Term, again: bool = False) -> Any:
+    """What the expression throws."""
+    return await node.eval(
+        _EVALUATE,
+        source=guarded.SOURCE.encode(),
+        again=again,
+        events=list(events),
+        first=first,
+        store=STORE,
+        stream=STREAM,
+    )
+
+
+def event(name: str, data: Term = None) -> Term:
+    return NewEvent("counted:v1", data, {b"by": b"test"}, event_id=name).to_term()
+
+
+async def ids(cluster: StandInCluster) -> list[bytes]:
+    return [each[Atom("event_id")] for each in await cluster.events(STREAM.decode())]
+
+
+async def test_events_are_written_one_after_the_other(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    assert await write(node, 0, event("a"), event("b")) == (WRITTEN, 1)
+    assert await write(node, 2, event("c")) == (WRITTEN, 2)
+    assert await ids(standin) == [b"a", b"b", b"c"]
+
+
+async def test_records_equal_those_of_the_workers_own_appends(standin: StandInCluster) -> None:
+    await write(standin.members[0], 0, event("a", {1: [2.5]}))
+    assert await standin.call((Atom("append_events"), STORE, STREAM, 0, [event("a", {1: [2.5]})])) == (Atom("ok"), 1)
+    ours, theirs = await standin.events(STREAM.decode())
+    assert ours.keys() == theirs.keys()
+    different = {key.name for key in ours if ours[key] != theirs[key]}
+    assert different == {"event_number", "created", "created_epoch"}
+    assert ours[Atom("created")].keys() == theirs[Atom("created")].keys()
+
+
+async def test_the_number_of_somebody_elses_event_is_refused(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    await write(node, 0, event("a"), event("b"))
+    for again in (False, True):
+        assert await write(node, 0, event("x"), again=again) == (REFUSED, 0, 2)
+        assert await write(node, 1, event("x"), event("y"), again=again) == (REFUSED, 1, 2)
+    assert await ids(standin) == [b"a", b"b"]
+
+
+async def test_a_number_the_stream_does_not_reach_is_out_of_reach(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    assert await write(node, 5, event("x")) == (AHEAD, 5, 0)
+    await write(node, 0, event("a"))
+    assert await write(node, 5, event("x"), again=True) == (AHEAD, 5, 1)
+    assert await ids(standin) == [b"a"]
+
+
+async def test_what_an_earlier_attempt_has_stored_is_not_stored_twice(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    batch = [event(name, {b"of": name.encode()}) for name in "abc"]
+    await write(node, 0, *batch[:2])
+    assert await write(node, 0, *batch, again=True) == (WRITTEN, 2)
+    assert await write(node, 0, *batch, again=True) == (WRITTEN, 2)
+    assert await write(node, 0, *batch) == (REFUSED, 0, 3)
+    assert await ids(standin) == [b"a", b"b", b"c"]
+
+
+async def test_another_event_with_the_same_id_is_not_taken_for_ours(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    await write(node, 0, event("a", 1))
+    assert await write(node, 0, event("a", 2), again=True) == (REFUSED, 0, 1)
+
+
+async def test_a_batch_stops_where_somebody_elses_event_is(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    await write(node, 0, event("a"), event("theirs"))
+    assert await write(node, 0, event("a"), event("b"), event("c"), again=True) == (REFUSED, 1, 2)
+    assert await ids(standin) == [b"a", b"theirs"]
+
+
+async def test_without_a_majority_nobody_knows(standin_of_three: StandInCluster) -> None:
+    cluster = standin_of_three
+    await cluster.kill(1)
+    await cluster.kill(2)
+    outcome = await write(cluster.members[0], 0, event("a"))
+    assert outcome[0] is FAILED
+
+
+_REPEATING_KHEPRI = """
+defmodule :khepri do
+  # A put that was carried out, and whose answer is that of its repetition (Khepri sends again when a leader goes down).
+  def put(_, path, record, _) do
+    number = path |> List.last() |> elem(1) |> hd()
+
+    case :ets.lookup(:stored, number) do
+      [] -> :ets.insert(:stored, {number, record})
+      _ -> :ok
+    end
+
+    {:error, {:khepri, :mismatching_node, %{}}}
+  end
+
+  def fence(_, _), do: :ok
+  def get(_, path), do: {:ok, :ets.lookup_element(:stored, List.last(path), 2)}
+end
+
+defmodule :khepri_adv do
+  def get_many(_, path, _), do: {:ok, %{path => %{child_list_length: :ets.info(:stored, :size)}}}
+end
+
+defmodule ExESDB.StreamsHelper do
+  def to_event_record(event, stream, number, created, epoch),
+    do: Map.merge(event, %{event_stream_id: stream, event_number: number, created: created, created_epoch: epoch})
+end
+
+keeper = self()
+spawn(fn ->
+  :ets.new(:stored, [:named_table, :public])
+  send(keeper, :made)
+  Process.sleep(:infinity)
+end)
+receive do: (:made -> :ok)
+"""
+
+
+@pytest.fixture
+async def repeating(beam: Beams) -> BeamNode:
+    """A node with a store whose Khepri carries out every put and then answers that it was refused."""
+    node = await beam.start("elixir")
+    await node.eval(_REPEATING_KHEPRI)
+    return node
+
+
+async def test_a_put_that_khepri_repeated_is_known_by_its_record(repeating: BeamNode) -> None:
+    assert await write(repeating, 0, event("a"), event("b")) == (WRITTEN, 1)
+    # Of another evaluation it is somebody else's.
+    assert await write(repeating, 0, event("a")) == (REFUSED, 0, 2)
+    assert await write(repeating, 0, event("a"), again=True) == (WRITTEN, 0)
