@@ -303,7 +303,7 @@ def parse_names_response(data: bytes) -> tuple[int, dict[str, int]]:
         if not line:
             continue
         found = _NAMES_LINE.fullmatch(line)
-        if found is None:
+        if found is None or int(found["port"]) > 65535:
             raise RemoteProtocolError(f"a line 'name NAME at port PORT' was expected, {line[:64]!r} came")
         names[found["name"]] = int(found["port"])
     return int.from_bytes(data[:4], "big"), names

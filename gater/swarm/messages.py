@@ -8,12 +8,11 @@ Left to others: what a message means (`tracker.py`) and who carries it (`peer.py
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from gater.erl.errors import RemoteProtocolError
+from gater.erl.errors import RemoteProtocolError, shown
 from gater.erl.terms import Atom, Pid, Term, TermMap
 from gater.swarm import clock as itc
 from gater.swarm.clock import Clock
@@ -368,8 +367,5 @@ def _registry(term: Term) -> list[Term]:
 
 
 def _brief(term: Term) -> str:
-    try:
-        text = reprlib.repr(term)
-    except RecursionError:
-        text = f"a deep {type(term).__name__}"
+    text = shown(term)
     return text if len(text) <= 200 else text[:200] + ".."
