@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
 import structlog
@@ -72,6 +72,10 @@ class Embedded(Protocol):
     def submit(self, request: Request, on_reply: OnReply, /) -> None: ...
 
     def cast(self, request: Request, /) -> Rejected | None: ...
+
+    def stream_counts(self, store: Atom, streams: Sequence[bytes] | None, on_reply: OnReply, /) -> None: ...
+
+    def committed(self, store: Atom, /) -> int | None: ...
 
 
 class Registries(Protocol):

@@ -27,7 +27,7 @@ from urllib.parse import quote
 import structlog
 
 from gater.api import schema
-from gater.api.schema import Rejected, Request
+from gater.api.schema import Rejected, Request, RequestSpec
 from gater.erl.errors import EncodeError
 from gater.erl.terms import Atom, Term
 from gater.errors import StoreError
@@ -130,6 +130,16 @@ class EmbeddedStores:
         if refused is not None:
             on_reply(refused.reply)
 
+    def stream_counts(self, store: Atom, streams: Sequence[bytes] | None, on_reply: OnReply) -> None:
+        """How many events these streams have (None: all streams), as `{:ok, {stream: count}}`."""
+        term = (Atom("stream_counts"), store, streams)
+        self._submit(Request(_COUNTS, store, None, term), store, on_reply)
+
+    def committed(self, store: Atom) -> int | None:
+        """A number that grows with every commit of this store; None if it is not held here."""
+        worker = self._workers.get(store)
+        return None if worker is None else worker.committed
+
     def cast(self, request: Term | Request) -> Rejected | None:
         """Take a cast. Nobody is answered; what is returned says why it was not taken, for the log."""
         checked = request if isinstance(request, Request) else schema.check_request(request, cast=True)
@@ -197,6 +207,16 @@ class _QueuedRead:
     request: Request
     on_reply: OnReply
 
+
+_COUNTS: Final = RequestSpec(
+    "stream_counts",
+    3,
+    is_cast=False,
+    is_write=False,
+    idempotent=True,
+    check=lambda spec, term: Request(spec, term[1], None, term),
+)
+"""Asked by this node's subscriptions only: no request that comes from outside is checked into one of these."""
 
 _SNAPSHOTS: Final = "snapshots"
 _SUBSCRIPTIONS: Final = "subscriptions"
@@ -267,6 +287,8 @@ class _StoreWorker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._courtesy: _Courtesy | None = None
         self._written = 0
+        self.committed = 0
+        """Commits so far."""
         self._queued_writes = 0
         self._queued_bytes = 0
         self._queued_reads = 0
@@ -341,6 +363,7 @@ class _StoreWorker:
         return None
 
     def _committed(self, batch: list[_QueuedWrite], outcomes: list[Term]) -> None:
+        self.committed += 1
         for write, outcome in zip(batch, outcomes, strict=True):
             self._queued_writes -= 1
             self._queued_bytes -= write.prepared.size

@@ -468,6 +468,19 @@ class StoreReader:
     def _get_streams(self, term: tuple[Term, ...]) -> Term:
         return records.ok_list(*self._joined("SELECT name AS term FROM streams ORDER BY substr(name, 6)"))
 
+    def _stream_counts(self, term: tuple[Term, ...]) -> Term:
+        """`{:stream_counts, store, streams | nil}`: events by stream; of this store only, no request of the original."""
+        streams = term[2]
+        if streams is None:
+            rows = self._connection.execute("SELECT substr(name, 6), version + 1 FROM streams").fetchall()
+            return schema.ok(dict(rows))
+        found = {}
+        for stream in streams:
+            row = self._one("SELECT version + 1 FROM streams WHERE name = ?", encode_term(stream))
+            if row is not None:
+                found[stream] = row[0]
+        return schema.ok(found)
+
     def _get_subscriptions(self, term: tuple[Term, ...]) -> Term:
         return records.ok_map(*self._joined("SELECT entry AS term FROM subscriptions ORDER BY key"))
 
@@ -535,6 +548,7 @@ _ANSWERS: Final[dict[str, Callable[[StoreReader, tuple[Term, ...]], Term]]] = {
     "stream_backward": StoreReader._get_events,
     "get_version": StoreReader._get_version,
     "get_streams": StoreReader._get_streams,
+    "stream_counts": StoreReader._stream_counts,
     "get_subscriptions": StoreReader._get_subscriptions,
     "read_snapshot": StoreReader._read_snapshot,
     "list_snapshots": StoreReader._list_snapshots,

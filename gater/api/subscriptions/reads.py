@@ -1,0 +1,152 @@
+"""What a feed asks of its store: pages of events, event counts, the Raft index.
+
+Pages go the way of every request (`Service`). Counts and index come from the embedded store itself, or from a store
+node by `erpc`: `khepri_adv:get_many/3` for the number of children below a stream's node (protocols.md, section 6), and
+`ra:key_metrics/1`. Where no node of the store offers that, every stream is asked for its version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from gater.api import schema
+from gater.api.service import Service, decoded
+from gater.api.subscriptions.protocol import Event, event_of
+from gater.erl.errors import ErlangException, ErlError
+from gater.erl.rpc import erpc_call
+from gater.erl.terms import Atom, Term
+
+COUNTS_TIMEOUT_S: Final = 8.0
+"""Less than the feed waits for an answer (`poll.ANSWER_S`); a count of 100,000 streams takes half a second."""
+
+INDEX_TIMEOUT_S: Final = 2.0
+"""For the Raft index, which takes a fraction of a millisecond on a node that is well."""
+
+MAX_VERSIONS_AT_ONCE: Final = 32
+"""Streams asked for their version at once where counts are not to be had."""
+
+STREAMS: Final = Atom("streams")
+_CHILD_LIST_LENGTH: Final = Atom("child_list_length")
+_ANY_NODE: Final = (Atom("if_node_exists"), True)
+_IF_ANY: Final = Atom("if_any")
+_PROPS: Final = {Atom("props_to_return"): [_CHILD_LIST_LENGTH]}
+_LAST_APPLIED: Final = Atom("last_applied")
+
+
+class StoreReads:
+    """The reads of one store."""
+
+    def __init__(self, service: Service, store: Atom) -> None:
+        self._service = service
+        self.store = store
+
+    def ask(self, request: Term, on_reply: Callable[[Term], None]) -> None:
+        """Any request; `on_reply` gets the whole reply decoded."""
+        self._service.call(request, lambda reply: on_reply(decoded(reply)))
+
+    async def reply(self, request: Term) -> Term:
+        """As `ask`, to be awaited."""
+        answered: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Term) -> None:
+            if not answered.done():
+                answered.set_result(reply)
+
+        self.ask(request, on_reply)
+        return await answered
+
+    def page(self, stream: bytes, start: int, count: int, on_page: Callable[[Sequence[Event] | None], None]) -> None:
+        """`count` events from `start` on; None if they could not be read."""
+        self.ask(schema.get_events_request(self.store, stream, start, count), lambda reply: on_page(_events(reply)))
+
+    async def counts(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
+        """Events by stream, of these streams or of all; None if the store did not say."""
+        service = self._service
+        if service.is_embedded(self.store):
+            return await self._embedded_counts(streams)
+        for node in self._khepri_nodes():
+            try:
+                return await self._khepri_counts(node, streams)
+            except (ErlangException, ErlError, TypeError, ValueError, LookupError):
+                continue
+        return await self._versions(streams)
+
+    async def _embedded_counts(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
+        assert self._service.embedded is not None
+        answered: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+        self._service.embedded.stream_counts(
+            self.store, streams, lambda reply: None if answered.done() else answered.set_result(reply)
+        )
+        reply = await answered
+        return reply[1] if reply[0] is schema.OK else None
+
+    def _khepri_nodes(self) -> list[Atom]:
+        service = self._service
+        return [node for node in service.router.nodes(self.store) if service.guarded_forms.get(node) is not None]
+
+    async def _khepri_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Mapping[bytes, int]:
+        if streams is None:
+            which: Term = _ANY_NODE
+        elif len(streams) == 1:
+            which = streams[0]
+        else:
+            which = (_IF_ANY, list(streams))
+        answer = await erpc_call(
+            self._service.node,
+            node,
+            "khepri_adv",
+            "get_many",
+            [self.store, [STREAMS, which], _PROPS],
+            timeout_s=COUNTS_TIMEOUT_S,
+        )
+        ok, found = answer
+        if ok is not schema.OK:
+            raise ValueError(f"no counts: {schema.show(answer)}")
+        return {path[1]: properties.get(_CHILD_LIST_LENGTH, 0) for path, properties in found.items()}
+
+    async def _versions(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
+        if streams is None:
+            reply = await self.reply(schema.store_request("get_streams", self.store))
+            if reply[0] is not schema.OK:
+                return None
+            streams = reply[1]
+        found: dict[bytes, int] = {}
+        for first in range(0, len(streams), MAX_VERSIONS_AT_ONCE):
+            chunk = streams[first : first + MAX_VERSIONS_AT_ONCE]
+            replies = await asyncio.gather(
+                *(self.reply(schema.get_version_request(self.store, stream)) for stream in chunk)
+            )
+            for stream, answer in zip(chunk, replies, strict=True):
+                if answer[0] is not schema.OK:
+                    return None
+                found[stream] = answer[1] + 1
+        return found
+
+    async def index(self) -> int | None:
+        """The last applied Raft index (of an embedded store: its commits); None if it is not to be had."""
+        service = self._service
+        if service.embedded is not None and service.is_embedded(self.store):
+            return service.embedded.committed(self.store)
+        for node in self._khepri_nodes():
+            try:
+                metrics: Any = await erpc_call(
+                    service.node, node, "ra", "key_metrics", [(self.store, node)], timeout_s=INDEX_TIMEOUT_S
+                )
+                return int(metrics[_LAST_APPLIED])
+            except (ErlangException, ErlError, TypeError, ValueError, LookupError):
+                continue
+        return None
+
+
+def _events(reply: Term) -> list[Event] | None:
+    match reply:
+        case (kind, list(records)) if kind is schema.OK:
+            try:
+                return [event_of(record) for record in records]
+            except schema.SchemaError:
+                return None
+        case (kind, reason) if kind is schema.ERROR and reason is Atom("stream_not_found"):
+            return []
+    return None
