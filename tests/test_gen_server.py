@@ -11,7 +11,18 @@ from node_kit import Collector, Counter, running, two_nodes, unique_name, wait_u
 
 from gater.erl import Node, NodeOptions
 from gater.erl.errors import CallTimeout, ConnectionLost, EncodeError, NoProcess, ProcessDied
-from gater.erl.gen_server import OK, SYSTEM, GenServer, PendingCall, call, cast, spawn_server, start_server, stop
+from gater.erl.gen_server import (
+    GEN_CALL,
+    OK,
+    SYSTEM,
+    GenServer,
+    PendingCall,
+    call,
+    cast,
+    spawn_server,
+    start_server,
+    stop,
+)
 from gater.erl.process import NORMAL, SHUTDOWN
 from gater.erl.terms import Atom, EncodedTerm, Term
 
@@ -221,6 +232,30 @@ async def test_stop_ends_a_server_with_the_reason_given(places: tuple[Node, Node
         await stop(places[0], server.pid, NORMAL)
 
 
+@pytest.mark.filterwarnings("error")
+async def test_a_callback_that_is_ended_before_its_first_step_leaves_no_warning() -> None:
+    async with two_nodes() as (one, _):
+        server = Counter()
+        await start_server(one, server)
+        server.process.deliver((GEN_CALL, (server.pid, one.make_reference()), SLOW))
+        one.turn()
+        server.process.exit(SHUTDOWN)
+        await asyncio.sleep(0)
+        gc.collect()
+
+
+async def test_an_answer_that_is_no_term_ends_the_server() -> None:
+    class Wrong(Counter):
+        async def _slow(self) -> Term:
+            return object()
+
+    async with two_nodes() as (one, two):
+        server = Wrong()
+        await start_server(two, server)
+        with pytest.raises(ProcessDied):
+            await call(one, server.pid, SLOW)
+
+
 async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Counter) -> None:
     async def sys_request(request: Term) -> Term:
         me = Collector(places[0])
@@ -244,7 +279,11 @@ async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Coun
     assert await pending == 5
     assert await sys_request((Atom("replace_state"), None)) == (
         Atom("error"),
-        (Atom("unsupported"), b"the state of a Python server is not an Erlang term"),
+        (
+            Atom("callback_failed"),
+            (Atom("gen_server"), Atom("system_replace_state")),
+            (Atom("error"), Atom("notsup")),
+        ),
     )
     assert (await sys_request(Atom("nonsense")))[0] is Atom("error")
     assert await sys_request((Atom("terminate"), SHUTDOWN)) is OK

@@ -149,10 +149,21 @@ class ServerReceiver:
             return None
         return self.server.handle_info(message)
 
-    async def _answer_later(self, caller: Caller, answer: Awaitable[Term]) -> None:
-        result = await answer
-        if result is not NO_REPLY:
-            self.process.node.reply(caller, result, self.process.pid)
+    def _answer_later(self, caller: Caller, answer: Awaitable[Term]) -> Awaitable[None]:
+        """Have `answer` run and reply with what it returns."""
+        task = asyncio.ensure_future(answer)
+
+        def answered(ended: asyncio.Future[Term]) -> None:
+            if ended.cancelled() or ended.exception() is not None or ended.result() is NO_REPLY:
+                return
+            try:
+                self.process.node.reply(caller, ended.result(), self.process.pid)
+            except Exception as error:
+                self.process.fail(error)
+
+        # Before the callback of the process, which goes on with the next message.
+        task.add_done_callback(answered)
+        return task
 
     def _keep(self, message: Term) -> None:
         if len(self._kept) >= MAX_SUSPENDED_MESSAGES:
@@ -182,7 +193,9 @@ class ServerReceiver:
                 self.process.node.reply(caller, OK, self.process.pid)
                 raise Stop(request[1] if type(request) is tuple and len(request) == 2 else NORMAL)
             case "replace_state":
-                reply = (ERROR, (Atom("unsupported"), b"the state of a Python server is not an Erlang term"))
+                # As for a callback that raised `error:notsup`: an Erlang function cannot run here.
+                failed = (Atom("gen_server"), Atom("system_replace_state"))
+                reply = (ERROR, (Atom("callback_failed"), failed, (ERROR, Atom("notsup"))))
             case _:
                 reply = (ERROR, (Atom("unknown_system_msg"), request))
         self.process.node.reply(caller, reply, self.process.pid)
@@ -194,7 +207,10 @@ class ServerReceiver:
         header = (Atom("header"), list(f"Status for {type(self.server).__name__}".encode()))
         misc = [
             header,
-            (Atom("data"), [(list(b"Status"), state)]),
+            (
+                Atom("data"),
+                [(list(b"Status"), state), (list(b"Parent"), process.pid), (list(b"Logged events"), [])],
+            ),
             (Atom("data"), [(list(b"State"), self.server.get_state())]),
         ]
         return (
@@ -339,6 +355,17 @@ def _shown(target: Term) -> str:
     return str(target)
 
 
+async def until_read(node: Node, peer: Term, timeout_s: float | None) -> None:
+    """Return when no more than a little waits to be written to `peer`: at once, unless it has stopped reading.
+
+    Raises `TimeoutError` after `timeout_s`.
+    """
+    connection = node.peers.table.get(peer) if type(peer) is Atom else None
+    if connection is not None and connection.busy:
+        async with asyncio.timeout(timeout_s):
+            await connection.drain()
+
+
 async def call(
     node: Node,
     target: Term,
@@ -353,13 +380,10 @@ async def call(
     coroutine drops the call. If too much waits for the server's node already, the request is held back first.
     """
     peer = target.node if type(target) is Pid else target[1] if type(target) is tuple else None
-    connection = node.peers.table.get(peer) if peer is not None else None
-    if connection is not None and connection.busy:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await connection.drain()
-        except TimeoutError:
-            raise CallTimeout(TIMEOUT_REASON, f"{peer} does not read what waits for it: nothing was sent") from None
+    try:
+        await until_read(node, peer, timeout_s)
+    except TimeoutError:
+        raise CallTimeout(TIMEOUT_REASON, f"{peer} does not read what waits for it: nothing was sent") from None
     done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
 
     def finish(reply: Term, error: CallError | None) -> None:

@@ -179,7 +179,7 @@ class Process:
         self._mailbox: deque[Term] = deque()
         self._busy = False
         self._holds = 0
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Process {self.pid}{' ' + str(self.names[0]) if self.names else ''}>"
@@ -216,7 +216,7 @@ class Process:
             try:
                 pending = receive(message)
             except Exception as error:
-                self._failed(error)
+                self.fail(error)
                 break
             if pending is not None:
                 self._wait_for(pending)
@@ -224,10 +224,10 @@ class Process:
 
     def _wait_for(self, pending: Awaitable[None]) -> None:
         self._busy = True
-        self._task = asyncio.ensure_future(_as_coroutine(pending))
-        self._task.add_done_callback(self._finished)
+        self._task = task = asyncio.ensure_future(pending)
+        task.add_done_callback(self._finished)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Future[None]) -> None:
         self._task = None
         self._busy = False
         if not self.alive:
@@ -239,7 +239,7 @@ class Process:
             return
         error = task.exception()
         if error is not None:
-            self._failed(error)
+            self.fail(error)
         else:
             self._go_on()
 
@@ -257,7 +257,8 @@ class Process:
             self.scheduled = True
             self.node.schedule(self)
 
-    def _failed(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End this process with the reason of `error`, which its code has raised; logged unless it is a usual end."""
         reason = exit_reason(error)
         if is_failure(reason):
             log.error("process_crashed", pid=str(self.pid), name=self.name, error=described(error))
@@ -420,10 +421,6 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-async def _as_coroutine(pending: Awaitable[None]) -> None:
-    await pending
-
-
 class CallbackReceiver:
     """A receiver made of one function."""
 
@@ -478,7 +475,7 @@ class Mailbox:
         if error is None:
             self.process.exit(NORMAL)
         elif self.process.alive:
-            self.process._failed(error)
+            self.process.fail(error)
 
     def receive(self, message: Term) -> None:
         self._messages.append(message)

@@ -22,7 +22,7 @@ from gater.erl.connection import Connection
 from gater.erl.control import SpawnReplyFlag, SpawnRequest, SpawnRequestTT, parse_spawn_options
 from gater.erl.errors import ErlangError, ErlangException, ErlangExit, ErlangThrow
 from gater.erl.exports import ExportedFunction
-from gater.erl.gen_server import NO_REPLY, Caller, GenServer, spawn_server
+from gater.erl.gen_server import NO_REPLY, Caller, GenServer, spawn_server, until_read
 from gater.erl.node import Monitor, Node
 from gater.erl.process import (
     EXIT,
@@ -116,7 +116,7 @@ class _Service:
             refusal = Atom("badopt")
         elif self._running >= MAX_CALLS:
             refusal = Atom("system_limit")
-        if refusal is not None or options is None:
+        if options is None or refusal is not None:
             self._answer(connection, message, 0, refusal)
             return
         running = _Running()
@@ -373,7 +373,8 @@ async def erpc_call(
     """`erpc:call(Node, Module, Function, Args, Timeout)`.
 
     Raises what OTP raises: `ErlangThrow(Term)`; `ErlangExit({exception, Reason})`, `ErlangExit({signal, Reason})`;
-    `ErlangError({exception, Reason, Stack})`, `ErlangError({erpc, timeout | noconnection | ..})`.
+    `ErlangError({exception, Reason, Stack})`, `ErlangError({erpc, timeout | noconnection | ..})`. If too much waits for
+    the peer already, the request is held back first.
     """
     mfa = (Atom(str(module)), Atom(str(function)), list(arguments))
     future: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
@@ -388,7 +389,14 @@ async def erpc_call(
 
     if Atom(str(peer)) is node.name:
         return await _local_call(node, mfa, finish, future, timeout_s)
-    pending = PendingRpc(node, Atom(str(peer)), mfa, finish, timeout_s)
+    name, loop = Atom(str(peer)), asyncio.get_running_loop()
+    begun = loop.time()
+    try:
+        await until_read(node, name, timeout_s)
+    except TimeoutError:
+        raise ErlangError((ERPC, TIMEOUT)) from None
+    left_s = None if timeout_s is None else max(0.0, timeout_s - (loop.time() - begun))
+    pending = PendingRpc(node, name, mfa, finish, left_s)
     try:
         return await future
     except asyncio.CancelledError:
