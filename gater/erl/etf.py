@@ -5,6 +5,9 @@ and encoding are each one loop with a stack of its own, so no depth of nesting r
 in the order in which they occur in messages of real nodes. Bytes of a remote raise `DecodeError` or `LimitExceeded`,
 nothing else; what this side cannot encode raises `EncodeError`.
 
+This module also runs compiled by mypyc (`setup.py`). There a slice of bytes that would end before it starts is a
+SystemError, not empty.
+
 How bytes get here (distribution header, atom cache, fragments) is `dist_header.py`'s business.
 """
 
@@ -17,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
+from types import FunctionType
 from typing import Final
 
 from gater.erl.errors import DecodeError, EncodeError, LimitExceeded
@@ -41,6 +45,7 @@ from gater.erl.terms import (
 )
 
 __all__ = [
+    "COMPILED",
     "MAX_ATOMS_PER_PEER",
     "MAX_DEPTH",
     "MAX_ELEMENTS",
@@ -180,11 +185,16 @@ def _identity(encoded: bytes, atoms: AtomTable) -> Term:
     If some are missing, they are missing from the name of the node, which raises DecodeError or IndexError.
     """
     if encoded[0] == 88:
-        node = atoms[encoded[1:-12]]
-        number, serial, creation = _NEW_PID(encoded, len(encoded) - 12)
+        start = len(encoded) - 12
+        if start < 3:
+            raise IndexError
+        node = atoms[encoded[1:start]]
+        number, serial, creation = _NEW_PID(encoded, start)
         return Pid(node, number, serial, creation)
     words = _words(encoded, 1)
     start = len(encoded) - 4 - 4 * words
+    if start < 5:
+        raise IndexError
     node = atoms[encoded[3:start]]
     numbers = _CREATION_AND_WORDS[words].unpack_from(encoded, start)
     return Reference(node, numbers[0], numbers[1:])
@@ -1092,3 +1102,7 @@ def _where(root: Term, bad: Term) -> str:
                 return f" (at {at.strip():.200})"
             todo.append((element, at))
     return ""
+
+
+COMPILED: Final = not isinstance(decode, FunctionType)
+"""Whether this module runs compiled."""
