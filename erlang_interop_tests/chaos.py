@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,15 @@ REFUSALS: Final = {
 """Answers that say: nothing of this append is stored, now or later."""
 
 
+class Fault(NamedTuple):
+    """What was done to whom, and when (seconds since the epoch)."""
+
+    kind: str
+    whom: str
+    began: float
+    ended: float
+
+
 class Attempt(NamedTuple):
     """One append and its answer, as a writer recorded it."""
 
@@ -72,7 +81,7 @@ class Attempt(NamedTuple):
     expected: Term
     ids: list[bytes]
     answer: Any
-    started_us: int
+    at_us: int
     elapsed_us: int
     who: Term
 
@@ -97,12 +106,13 @@ class Verdict:
 
     seconds: float
     seed: int
-    faults: Counter[str]
+    faults: list[Fault]
     outcomes: Counter[str]
     events: int
     streams: int
     latencies_ms: list[float]
     exits: Counter[str]
+    attempts: list[Attempt]
     violations: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     slowest_ms: float = 0.0
@@ -120,6 +130,14 @@ class Verdict:
     def percentile(self, share: float) -> float:
         return self.latencies_ms[min(len(self.latencies_ms) - 1, int(len(self.latencies_ms) * share))]
 
+    def _line(self, kind: str) -> str:
+        times = [(fault.began, fault.ended) for fault in self.faults if fault.kind == kind]
+        during = [each for each in self.attempts if any(begin <= each.at_us / 1e6 < end for begin, end in times)]
+        ok = sorted(each.elapsed_us / 1000 for each in during if each.outcome == "ok")
+        unknown = sum(each.outcome == "unknown_outcome" for each in during)
+        shares = [f"{ok[int(len(ok) * share)]:.1f}" if ok else "-" for share in (0.5, 0.99)]
+        return f"| {kind} | {len(times)} | {len(ok)} | {shares[0]} | {shares[1]} | {unknown} |"
+
     def report(self) -> str:
         """As markdown."""
         lines = [
@@ -131,9 +149,9 @@ class Verdict:
             "|---|---|",
             *(f"| {kind} | {count} |" for kind, count in self.outcomes.most_common()),
             "",
-            "| fault | times |",
-            "|---|---|",
-            *(f"| {kind} | {count} |" for kind, count in sorted(self.faults.items())),
+            "| during | times | appends `ok` | p50 ms | p99 ms | unknown outcome |",
+            "|---|---|---|---|---|---|",
+            *(self._line(kind) for kind in sorted({fault.kind for fault in self.faults})),
             "",
         ]
         if self.latencies_ms:
@@ -146,7 +164,7 @@ class Verdict:
         return "\n".join([*lines, *(f"- {example}" for example in self.examples), ""])
 
 
-def judge(attempts: Iterable[Attempt], members: Sequence[list[Any]], verdict: Verdict) -> None:
+def judge(members: Sequence[list[Any]], verdict: Verdict) -> None:
     """Compare what writers were answered with what every member has stored."""
     streams: dict[bytes, dict[int, bytes]] = defaultdict(dict)
     places: dict[bytes, list[tuple[bytes, int]]] = defaultdict(list)
@@ -164,7 +182,7 @@ def judge(attempts: Iterable[Attempt], members: Sequence[list[Any]], verdict: Ve
     verdict.events = len(members[0])
     verdict.streams = len(streams)
     known: set[bytes] = set()
-    for attempt in attempts:
+    for attempt in verdict.attempts:
         known.update(attempt.ids)
         verdict.outcomes[attempt.outcome] += 1
         _judge_time(attempt, verdict)
@@ -289,7 +307,7 @@ class Trouble:
         self.house = house
         self.chooser = chooser
         self.longest_s = longest_s
-        self.faults: Counter[str] = Counter()
+        self.faults: list[Fault] = []
         self._bag: list[str] = []
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -301,11 +319,13 @@ class Trouble:
                     self._bag += ["cut from a gateway", "cut from all", "kill a gateway"]
                 self.chooser.shuffle(self._bag)
             kind = self._bag.pop()
-            await self.cause(kind)
-            self.faults[kind] += 1
+            began = time.time()
+            whom = await self.cause(kind)
+            self.faults.append(Fault(kind, whom, began, time.time()))
             await _sleep(self.chooser.uniform(0.1, 1.0), stop)
 
-    async def cause(self, kind: str) -> None:
+    async def cause(self, kind: str) -> str:
+        """Cause a fault and undo it; who had it."""
         cluster, gaters = self.house.cluster, self.house.gaters
         member = self.chooser.randrange(len(cluster.members))
         others = [name for name in cluster.names if name != cluster.names[member]]
@@ -325,6 +345,7 @@ class Trouble:
                 await gater.kill()
                 await asyncio.sleep(duration_s)
                 await gater.start()
+                return gater.name
             case _:
                 cut = {
                     "cut": others,
@@ -334,6 +355,7 @@ class Trouble:
                 await cluster.cut(member, cut)
                 await asyncio.sleep(duration_s)
                 await cluster.heal(member, cut)
+        return cluster.names[member]
 
 
 async def _sleep(seconds: float, stop: asyncio.Event) -> None:
@@ -388,8 +410,8 @@ async def run_chaos(
     await house.callers.eval("Chaos.Writers.save(path)", path=str(path).encode(), timeout_s=60)
     attempts = [Attempt(*row) for row in etf.decode(path.read_bytes())]
     members = [list(await node.eval(_READ_ALL, prefix=prefix, timeout_s=60)) for node in house.cluster.members]
-    verdict = Verdict(elapsed, seed, trouble.faults, Counter(), 0, 0, [], Counter())
-    judge(attempts, members, verdict)
+    verdict = Verdict(elapsed, seed, trouble.faults, Counter(), 0, 0, [], Counter(), attempts)
+    judge(members, verdict)
     return verdict
 
 

@@ -4,7 +4,7 @@
 defmodule Chaos.Writers do
   @moduledoc """
   `start(options)` starts writers, `stop/0` ends them after the call each is in, `save(path)` writes their records:
-  `{stream, expected, ids, answer, started_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`.
+  `{stream, expected, ids, answer, at_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`.
   """
 
   @store :reg_gh
@@ -89,8 +89,8 @@ defmodule Chaos.Writers do
         do: {:append_events, @store, stream, events},
         else: {:append_events, @store, stream, expected, events}
 
-    {answer, started, elapsed, who} = call(state, request)
-    :ets.insert(:chaos_records, {{stream, expected, ids, answer, started, elapsed, who}})
+    {answer, at, elapsed, who} = call(state, request)
+    :ets.insert(:chaos_records, {{stream, expected, ids, answer, at, elapsed, who}})
     state = %{state | next: state.next + 1}
 
     case answer do
@@ -136,6 +136,7 @@ defmodule Chaos.Writers do
 
   defp call(state, request) do
     who = target(state)
+    at = System.system_time(:microsecond)
     started = System.monotonic_time(:microsecond)
 
     answer =
@@ -146,7 +147,7 @@ defmodule Chaos.Writers do
         :error, reason -> {:exit, brief(reason)}
       end
 
-    {answer, started, System.monotonic_time(:microsecond) - started, brief(who)}
+    {answer, at, System.monotonic_time(:microsecond) - started, brief(who)}
   end
 
   defp send_request({:gateway, node}, request, 0),

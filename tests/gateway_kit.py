@@ -183,6 +183,8 @@ class StoreNode:
         """What a gateway needs for guarded appends: an evaluator, which knows one expression."""
         exports = self.node.exports
         exports.add("Elixir.ExESDB.StreamsHelper", "to_event_record", lambda *_: None, arities=[5])
+        for function, arity in (("put", 4), ("get", 2)):
+            exports.add("khepri", function, lambda *_: None, arities=[arity])
         exports.add("khepri", "fence", lambda store, timeout_ms: schema.OK)
         exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
         exports.add("erl_scan", "string", lambda text: (schema.OK, [], 1))

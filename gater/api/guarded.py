@@ -12,6 +12,7 @@ The result leaves the expression as a thrown term: `erl_eval` would return all b
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from gater.erl.errors import CallError
@@ -96,7 +97,14 @@ CHILD_LIST_LENGTH: Final = Atom("child_list_length")
 WRITTEN: Final = Atom("written")
 REFUSED: Final = Atom("refused")
 AHEAD: Final = Atom("ahead")
-_MODULES: Final = ("khepri", "Elixir.ExESDB.StreamsHelper")
+_FUNCTIONS: Final = (
+    ("khepri", "put", 4),
+    ("khepri", "get", 2),
+    ("khepri", "fence", 2),
+    ("khepri_adv", "get_many", 3),
+    ("Elixir.ExESDB.StreamsHelper", "to_event_record", 5),
+)
+"""What the expression calls on the node."""
 
 ERL_EVAL: Final = Atom("erl_eval")
 EXPRS: Final = Atom("exprs")
@@ -107,10 +115,18 @@ async def prepare(node: Node, peer: Atom, timeout_s: float) -> EncodedTerm | Non
 
     Raises `ErlangException` when the node does not answer.
     """
-    for module in _MODULES:
+    for module in dict.fromkeys(module for module, _, _ in _FUNCTIONS):
         loaded = await erpc_call(node, peer, "code", "ensure_loaded", [Atom(module)], timeout_s=timeout_s)
         if loaded != (Atom("module"), Atom(module)):
             return None
+    exported = await asyncio.gather(
+        *(
+            erpc_call(node, peer, "erlang", "function_exported", [Atom(module), Atom(name), arity], timeout_s=timeout_s)
+            for module, name, arity in _FUNCTIONS
+        )
+    )
+    if not all(answer is True for answer in exported):
+        return None
     scanned = await erpc_call(node, peer, "erl_scan", "string", [list(SOURCE.encode())], timeout_s=timeout_s)
     parsed = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
     return EncodedTerm(encode_term(parsed[1]))
