@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -162,3 +163,13 @@ async def test_what_is_no_message_of_the_protocol_changes_nothing(scopes: tuple[
     await wait_until(lambda: stranger.process.pid in one.peers())
     assert one.members(GROUP) == []
     assert one.process.alive
+
+
+def test_taking_many_from_many_takes_no_longer_than_reading_them() -> None:
+    node = Atom("a@b")
+    pids = [Pid(node, number, 0, 1) for number in range(30_000)]
+    started = time.thread_time()
+    assert pg._less(pids + pids, list(reversed(pids))) == pids
+    assert pg._less(pids, pids) == []
+    assert pg._less(pids[:3], pids[1:2]) == [pids[0], pids[2]]
+    assert time.thread_time() - started < 2

@@ -12,6 +12,7 @@ membership of all it has told of. A pid can be in a group several times.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
@@ -242,12 +243,11 @@ class Scope(GenServer):
         entry = peer.groups.get(key)
         if entry is None:
             return
-        left = []
-        for pid in pids:
-            if pid in entry[1]:
-                entry[1].remove(pid)
-                left.append(pid)
-        if not entry[1]:
+        remaining = _less(entry[1], pids)
+        left = pids if len(remaining) + len(pids) == len(entry[1]) else _less(entry[1], remaining)
+        if remaining:
+            peer.groups[key] = (entry[0], remaining)
+        else:
             del peer.groups[key]
         self._left(group, left)
 
@@ -287,12 +287,11 @@ class Scope(GenServer):
         group = self._groups.get(key)
         if group is None or not pids:
             return
-        for pid in pids:
-            if pid in group.all:
-                group.all.remove(pid)
-                self._memberships -= 1
-            if pid in group.local:
-                group.local.remove(pid)
+        remaining = _less(group.all, pids)
+        self._memberships -= len(group.all) - len(remaining)
+        group.all = remaining
+        if group.local:
+            group.local = _less(group.local, pids)
         if not group.all:
             del self._groups[key]
         self._tell(LEAVE, name, list(pids))
@@ -347,11 +346,17 @@ def _pids(term: Term) -> list[Pid]:
 
 def _less(pids: list[Pid], taken: list[Pid]) -> list[Pid]:
     """`pids` without those in `taken`, each as often as it stands there."""
-    left = list(taken)
     rest = []
+    if len(taken) <= 1:
+        rest = list(pids)
+        for pid in taken:
+            if pid in rest:
+                rest.remove(pid)
+        return rest
+    left = Counter(taken)
     for pid in pids:
-        if pid in left:
-            left.remove(pid)
+        if left[pid]:
+            left[pid] -= 1
         else:
             rest.append(pid)
     return rest
