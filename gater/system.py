@@ -1,9 +1,10 @@
 """The running gateway: what is started, in which order, and how it ends.
 
-Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> API
-server, supervised -> connections to the nodes that were named. From the line `NAME is up` on, requests are taken.
-Stop (SIGTERM, SIGINT): new requests are refused with `:draining`, those under way are answered, then everything is
-closed in reverse order.
+Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> Swarm's
+tracker, API server and workers, supervised -> connections to the nodes that were named. From the line `NAME is up` on,
+requests are taken.
+Stop (SIGTERM, SIGINT): names are taken out of Swarm's registry, new requests are refused with `:draining`, those under
+way are answered, then everything is closed in reverse order.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Final
 import structlog
 
 from gater.api.discovery import Discovery
-from gater.api.server import API_MODULE, ApiServer, export_api
+from gater.api.server import API_MODULE, export_api
 from gater.api.service import Service
+from gater.api.worker import RegisteredServer, Workers
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.monitor import ClusterMonitor
@@ -30,9 +32,15 @@ from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
 from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
+from gater.swarm.swarm import Swarm
+from gater.swarm.tracker import TrackerOptions
 
 APPLICATION: Final = "gater"
 """The application this node says it runs, besides `kernel` and `stdlib`."""
+
+SYNC_NODES_TIMEOUT_S: Final = 1.0
+"""How long the tracker waits for nodes to connect before it joins the cluster (Swarm's `sync_nodes_timeout`). Swarm's
+own 5 s are there because a tracker of the original syncs only once; ours syncs with every node that comes."""
 
 log = structlog.get_logger(__name__)
 
@@ -63,14 +71,23 @@ class System:
             timeout_s=settings.call_timeout_ms / 1000,
             append_mode=settings.append_mode,
         )
-        self.discovery = Discovery(self.service)
+        self.swarm = Swarm(self.node, TrackerOptions(sync_nodes_timeout_s=SYNC_NODES_TIMEOUT_S))
+        self.workers = Workers(self.service, self.swarm, settings.pool_size)
+        self.discovery = Discovery(self.service, swarm=self.swarm)
+        self.discovery.on_change = self.workers.update
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.strategies = _strategies(settings)
         self.monitor = ClusterMonitor(
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
         )
         self.service.quorum = self._no_quorum
-        self._supervisor = Supervisor([ChildSpec("api", self._start_api)])
+        self._supervisor = Supervisor(
+            [
+                ChildSpec("swarm", self.swarm.start),
+                ChildSpec("api", self._start_api),
+                ChildSpec("workers", self.workers.start),
+            ]
+        )
 
     async def start(self) -> None:
         """Start everything. Raises `StartupError` or `NodeError`; what had been started is stopped again."""
@@ -97,10 +114,8 @@ class System:
             codec="compiled" if etf.COMPILED else "pure",
         )
 
-    async def _start_api(self) -> ApiServer:
-        server = ApiServer(self.service)
-        await start_server(self.node, server, name=API_MODULE)
-        return server
+    async def _start_api(self) -> RegisteredServer:
+        return await self.workers.start_api(API_MODULE)
 
     def _no_quorum(self, store: Atom) -> Term | None:
         """The split-brain guard: what `{:error, {:no_quorum, details}}` says, or None while all is well."""
@@ -118,6 +133,7 @@ class System:
 
     async def stop(self) -> None:
         """Drain, then close everything."""
+        await self.workers.unregister()
         limit_s = self.settings.drain_timeout_ms / 1000
         if not await self.service.drain(limit_s):
             log.warning("drain_incomplete", requests=self.service.under_way, after_s=limit_s)
