@@ -20,7 +20,7 @@ import structlog
 from gater.api.discovery import Discovery
 from gater.api.server import API_MODULE, export_api
 from gater.api.service import Service
-from gater.api.worker import RegisteredServer, Workers
+from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.monitor import ClusterMonitor
@@ -61,6 +61,8 @@ class System:
                 builtin_epmd=settings.epmd_builtin,
                 ticktime_s=settings.net_ticktime_s,
                 max_peers=settings.max_connections,
+                # Replies are passed on as they came, which a header's atom cache would not allow.
+                headers=False,
             ),
         )
         self.stores = _open_stores(settings)
@@ -94,6 +96,7 @@ class System:
         if self.stores is not None:
             self.stores.start(asyncio.get_running_loop())
         export_api(self.node.exports, self.service)
+        export_names(self.node.exports, self.swarm)
         self.node.add_application(APPLICATION, "Gateway to ExESDB", version("gater"))
         try:
             await self.node.start()

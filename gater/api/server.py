@@ -107,8 +107,6 @@ def export_api(exports: Exports, service: Service) -> None:
         exports.add(API_MODULE, function, _call_function(service, build), arities=[arity], deferred=True)
     for function, arity, build in _CASTS:
         exports.add(API_MODULE, function, _cast_function(service, build), arities=[arity], deferred=True)
-    exports.add(API_MODULE, "gateway_worker_pids", lambda: _pids(service, None))
-    exports.add(API_MODULE, "gateway_worker_pids_for_store", lambda store: _pids(service, store))
 
 
 def _call_function(service: Service, build: Build) -> Callable[..., None]:
@@ -123,7 +121,3 @@ def _cast_function(service: Service, build: Build) -> Callable[..., None]:
         service.cast(build(arguments), lambda refused: done(schema.OK if refused is None else refused.reply, None))
 
     return function
-
-
-def _pids(service: Service, store: Term) -> Term:
-    return [worker.address for worker in service.router.workers(store)]

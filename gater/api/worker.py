@@ -11,18 +11,23 @@ There are workers for the embedded stores and for each store of the cluster whil
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
+from gater.api import schema
 from gater.api.router import GATEWAY_WORKER
-from gater.api.server import ApiServer
+from gater.api.server import API_MODULE, ApiServer
 from gater.api.service import Service
+from gater.erl.errors import ErlangError
+from gater.erl.exports import Exports
 from gater.erl.gen_server import start_server
 from gater.erl.phash2 import phash2
 from gater.erl.process import SHUTDOWN
 from gater.erl.supervisor import ChildSpec, Supervisor
-from gater.erl.terms import Atom, Term
+from gater.erl.terms import Atom, Pid, Term
 from gater.swarm.messages import Track, UntrackName
 from gater.swarm.registry import NO_META
 from gater.swarm.swarm import Swarm
@@ -45,6 +50,33 @@ _SWARM: Final = Atom("swarm")
 _OK: Final = Atom("ok")
 
 log = structlog.get_logger(__name__)
+
+
+def export_names(exports: Exports, swarm: Swarm) -> None:
+    """Export the functions of `ExESDBGater.API` (`api.ex`) that find API servers and gateway workers.
+
+    A `random_` function raises `no_worker_available` where there is none; the original waits up to half a minute first.
+    """
+
+    def pids(*name: Term) -> list[Pid]:
+        return [entry.pid for entry in swarm.registry.starting_with(*name)]
+
+    def one_of(found: list[Pid]) -> Pid:
+        if not found:
+            raise ErlangError(Atom("no_worker_available"))
+        return random.choice(found)
+
+    functions: dict[str, Callable[..., Term]] = {
+        "gater_api_name": lambda: (GATER_API, phash2(schema.uuid7().encode())),
+        "get_gater_api_pids": lambda: pids(GATER_API),
+        "random_gater_api": lambda: one_of(pids(GATER_API)),
+        "gateway_worker_pids": lambda: pids(GATEWAY_WORKER),
+        "random_gateway_worker": lambda: one_of(pids(GATEWAY_WORKER)),
+        "gateway_worker_pids_for_store": lambda store: pids(GATEWAY_WORKER, store),
+        "random_gateway_worker_pid_for_store": lambda store: one_of(pids(GATEWAY_WORKER, store)),
+    }
+    for name, function in functions.items():
+        exports.add(API_MODULE, name, function)
 
 
 class RegisteredServer(ApiServer):
