@@ -108,3 +108,11 @@ def test_the_head_of_a_spine_is_counted_before_it_is_built() -> None:
     inner = b"h\2l" + heads.to_bytes(4, "big") + b"j" * heads + b"j" + b"j"
     with pytest.raises(LimitExceeded, match="MAX_ELEMENTS"):
         etf.decode_spine(inner, 0, 1, etf.AtomTable())
+
+
+def test_small_maps_count_for_the_memory_they_take() -> None:
+    count = etf.MAX_ELEMENTS // 7 + 1
+    data = b"l" + count.to_bytes(4, "big") + b"t\0\0\0\1jj" * count + b"j"
+    assert count * 3 < etf.MAX_ELEMENTS
+    with pytest.raises(LimitExceeded, match="MAX_ELEMENTS"):
+        etf.decode_term(data, 0, etf.AtomTable())
