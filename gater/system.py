@@ -20,6 +20,7 @@ import structlog
 from gater.api.discovery import Discovery
 from gater.api.server import API_MODULE, export_api
 from gater.api.service import Service
+from gater.api.subscriptions.door import Subscriptions
 from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
@@ -79,6 +80,7 @@ class System:
         self.discovery.on_change = self.workers.update
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.strategies = _strategies(settings)
+        self.subscriptions = Subscriptions(self.service, self.swarm)
         self.monitor = ClusterMonitor(
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
         )
@@ -96,7 +98,7 @@ class System:
         if self.stores is not None:
             self.stores.start(asyncio.get_running_loop())
         export_api(self.node.exports, self.service)
-        export_names(self.node.exports, self.swarm)
+        export_names(self.node.exports, self.service, self.swarm)
         self.node.add_application(APPLICATION, "Gateway to ExESDB", version("gater"))
         try:
             await self.node.start()
@@ -104,6 +106,7 @@ class System:
         except BaseException:
             await self._close()
             raise
+        self.subscriptions.start()
         self.discovery.start()
         self.connector.start()
         self.monitor.start()
@@ -137,6 +140,7 @@ class System:
     async def stop(self) -> None:
         """Drain, then close everything."""
         await self.workers.unregister()
+        await self.subscriptions.stop()
         limit_s = self.settings.drain_timeout_ms / 1000
         if not await self.service.drain(limit_s):
             log.warning("drain_incomplete", requests=self.service.under_way, after_s=limit_s)

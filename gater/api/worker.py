@@ -52,14 +52,21 @@ _OK: Final = Atom("ok")
 log = structlog.get_logger(__name__)
 
 
-def export_names(exports: Exports, swarm: Swarm) -> None:
+def export_names(exports: Exports, service: Service, swarm: Swarm) -> None:
     """Export the functions of `ExESDBGater.API` (`api.ex`) that find API servers and gateway workers.
+
+    Workers are those of Swarm's registry and those that store nodes without a Swarm of ours have told of.
 
     A `random_` function raises `no_worker_available` where there is none; the original waits up to half a minute first.
     """
 
     def pids(*name: Term) -> list[Pid]:
         return [entry.pid for entry in swarm.registry.starting_with(*name)]
+
+    def workers(store: Term = None) -> list[Pid]:
+        named = pids(GATEWAY_WORKER) if store is None else pids(GATEWAY_WORKER, store)
+        told = (worker.address for worker in service.router.workers(store))
+        return list(dict.fromkeys((*named, *(address for address in told if type(address) is Pid))))
 
     def one_of(found: list[Pid]) -> Pid:
         if not found:
@@ -70,10 +77,10 @@ def export_names(exports: Exports, swarm: Swarm) -> None:
         "gater_api_name": lambda: (GATER_API, phash2(schema.uuid7().encode())),
         "get_gater_api_pids": lambda: pids(GATER_API),
         "random_gater_api": lambda: one_of(pids(GATER_API)),
-        "gateway_worker_pids": lambda: pids(GATEWAY_WORKER),
-        "random_gateway_worker": lambda: one_of(pids(GATEWAY_WORKER)),
-        "gateway_worker_pids_for_store": lambda store: pids(GATEWAY_WORKER, store),
-        "random_gateway_worker_pid_for_store": lambda store: one_of(pids(GATEWAY_WORKER, store)),
+        "gateway_worker_pids": lambda: workers(),
+        "random_gateway_worker": lambda: one_of(workers()),
+        "gateway_worker_pids_for_store": lambda store: workers(store),
+        "random_gateway_worker_pid_for_store": lambda store: one_of(workers(store)),
     }
     for name, function in functions.items():
         exports.add(API_MODULE, name, function)
