@@ -30,6 +30,10 @@ ATTEMPT_S: Final = 1.0
 ATTEMPT_PER_EVENT_S: Final = 0.01
 """... and this much longer for each event of the batch (a real cluster needs 1 ms an event)."""
 
+PUT_SHARE: Final = 0.8
+"""How much of that the store may take for one event: then a node that is alive can say that its store does not answer
+before it is itself taken for one that hangs."""
+
 PAUSE_S: Final = 0.1
 """Before the only node left is asked again."""
 
@@ -293,7 +297,7 @@ class _AppendCall:
             self._events,
             step.first,
             again=step.again,
-            timeout_ms=max(1, round(attempt_s * 1000)),
+            timeout_ms=max(1, round(attempt_s * PUT_SHARE * 1000)),
         )
         self._service.router.breaker(node).probing(self._loop.time())
         try:
