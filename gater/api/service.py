@@ -347,6 +347,7 @@ class _Call:
             return
         self._worker = worker
         service.attach(self, worker)
+        service.router.breaker(worker.node).probing(now)
         try:
             self._pending = PendingCall(
                 service.node,
