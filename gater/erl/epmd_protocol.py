@@ -349,7 +349,7 @@ class EpmdServer:
     | `disconnected` |                         |                                     | name is dropped |
 
     Only connections from this machine may register, and dump. `KILL` is answered `NO` and `STOP` not at all: a
-    gateway's EPMD lives as long as the gateway.
+    node's own EPMD lives as long as the node.
 
     :param port: where it listens, told to those who ask for names.
     :param first_creation: random 32 bits; every registration gets the next one, so that an incarnation of a node is

@@ -810,7 +810,7 @@ _MAX_NESTED_FUNS: Final = 50
 def decode_spine(
     data: bytes, pos: int, levels: int, atoms: AtomTable, atom_cache: Sequence[Term] | None = None
 ) -> Term:
-    """The term from `pos` to the end of `data`, decoded only where a gateway looks: along its first elements.
+    """The term from `pos` to the end of `data`, decoded only where a relay looks: along its first elements.
 
     Of a tuple, all elements but the last are decoded whole and the last with one level less; at level 0 a container
     becomes an `EncodedTerm` of the rest of the buffer (made plain if the message has an atom cache), anything else is

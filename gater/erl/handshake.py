@@ -256,6 +256,12 @@ def node_name_fault(name: str) -> str | None:
     return None
 
 
+def has_long_name(name: str) -> bool:
+    """Whether a node's name is one of `-name`: with a host that has a dot, or is an IPv6 address."""
+    host = name.partition("@")[2]
+    return "." in host or ":" in host
+
+
 def pick_simultaneous(our_name: str, peer_name: str) -> str:
     """Whose attempt is kept when two nodes connect to each other at once: the name of the node that opened it.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from gater.erl.errors import ErlangError, ErlError
+from gater.erl.handshake import has_long_name
 from gater.erl.node import Node
 from gater.erl.phash2 import phash2
 from gater.erl.rpc import erpc_call, erpc_cast, erpc_multicall, rpc_call, rpc_multicall
@@ -33,7 +34,7 @@ def _charlist(text: str) -> list[int]:
 
 def long_names(node: Node) -> bool:
     """Whether the node has a long name (`-name`)."""
-    return "." in node.host or ":" in node.host
+    return has_long_name(node.name.name)
 
 
 def _node_of(term: Term) -> Term:

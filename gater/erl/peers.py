@@ -35,6 +35,7 @@ from gater.erl.handshake import (
     LocalIdentity,
     PeerNamed,
     Role,
+    has_long_name,
     node_name_fault,
     pick_simultaneous,
 )
@@ -234,6 +235,8 @@ class Peers:
             error = NotConnected(f"cannot connect to {peer}: {failure!r}")
         finally:
             connection.attempt = None
+        if isinstance(error, NotConnected):
+            error = NotConnected(f"{error}{_kinds_of_names(self._node.name.name, peer)}")
         self._lost_unless_awaited(connection, str(error), error)
 
     def stream_opened(self, stream: PeerProtocol) -> None:
@@ -390,3 +393,14 @@ class Peers:
                 watcher(peer, is_up, why)
             except Exception as error:
                 log.error("node_watcher_failed", peer=str(peer), error=described(error))
+
+
+def _kinds_of_names(own: str, peer: str) -> str:
+    """What to add to a failed attempt when the names are of different kinds (`-name` and `-sname`)."""
+    if has_long_name(own) == has_long_name(peer):
+        return ""
+    kinds = ("long", "short") if has_long_name(own) else ("short", "long")
+    return (
+        f"; note that {own} is a {kinds[0]} name and {peer} a {kinds[1]} one (long names, of erl -name, have a dot in"
+        " their host; short ones, of -sname, have none): Erlang nodes connect only with nodes of their own kind"
+    )

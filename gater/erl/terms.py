@@ -268,7 +268,7 @@ class ImproperList:
 class EncodedTerm:
     """A term that is still (or already) in the external term format, without the leading version byte 131.
 
-    What a gateway passes on is kept like this: it is neither decoded nor encoded again. `data` must be exactly one
+    What a relay passes on is kept like this: it is neither decoded nor encoded again. `data` must be exactly one
     term and must not refer to an atom cache.
     """
 
