@@ -32,6 +32,9 @@ BY_STREAM: Final = Atom("by_stream")
 BY_EVENT_TYPE: Final = Atom("by_event_type")
 BY_EVENT_PATTERN: Final = Atom("by_event_pattern")
 BY_EVENT_PAYLOAD: Final = Atom("by_event_payload")
+NACK_ACTIONS: Final = (Atom("retry"), Atom("skip"), Atom("park"), Atom("stop"))
+GATER_OPS: Final = frozenset({"subscribe", "subscription_status", "list_parked", "replay_parked", "nack_event"})
+"""Requests that no store answers: they are about the subscriptions of the gateways."""
 SUBSCRIPTION_TYPES: Final = (BY_STREAM, BY_EVENT_TYPE, BY_EVENT_PATTERN, BY_EVENT_PAYLOAD)
 
 STRUCT: Final = Atom("__struct__")
@@ -966,6 +969,50 @@ def _check_ack(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
     return Request(spec, store, None, term)
 
 
+def _check_nack(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+    """`{:nack_event, store, name, pid, event, action}`."""
+    if term[5] not in NACK_ACTIONS:
+        known = ", ".join(show(known) for known in NACK_ACTIONS)
+        _refuse(spec.op, f"the action must be one of {known}, got {show(term[5])}")
+    return _check_ack(spec, term)
+
+
+def _check_subscribe(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+    """`{:subscribe, store, type, selector, name, options}`: gater's own, with everything that can be chosen."""
+    options = term[5]
+    if not isinstance(options, Mapping):
+        _refuse(spec.op, f"the options must be a map, got {show(options)}")
+    for key, value in options.items():
+        problem = _option_problem(key, value)
+        if problem is not None:
+            _refuse(spec.op, f"{show(key)} {problem}, got {show(value)}")
+    _check_subscription(spec, term[:5])
+    return Request(spec, term[1], None, term)
+
+
+def _option_problem(key: Term, value: Term) -> str | None:
+    name = atom_name(key)
+    if name == "start_from":
+        good = value is Atom("now") or (type(value) is int and value >= 0)
+        return None if good else "must be an integer from 0 or :now"
+    if name == "subscriber":
+        return None if type(value) is Pid else "must be a pid"
+    if name == "auto_ack":
+        return None if type(value) is bool else "must be a boolean"
+    if name == "strategy":
+        return None if value in (Atom("round_robin"), Atom("by_stream")) else "must be :round_robin or :by_stream"
+    if name in ("window", "batch_size", "max_retries", "ack_timeout_ms"):
+        return None if type(value) is int and 0 <= value < 2**31 else "must be an integer from 0"
+    return "is no option of a subscription"
+
+
+def _check_named(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+    """`{op, store, name}`: a subscription by its name."""
+    store = _store(spec, term[1])
+    _subscription_name(spec, store, term[2])
+    return Request(spec, store, None, term)
+
+
 def _specs() -> list[RequestSpec]:
     call, cast, read, write = False, True, False, True
     once, again = False, True
@@ -990,6 +1037,11 @@ def _specs() -> list[RequestSpec]:
         RequestSpec("remove_subscription", 5, cast, write, again, _check_subscription),
         # A late copy of an old ack would move the subscription back.
         RequestSpec("ack_event", 5, cast, write, once, _check_ack),
+        RequestSpec("nack_event", 6, cast, write, once, _check_nack),
+        RequestSpec("subscribe", 6, call, write, again, _check_subscribe),
+        RequestSpec("subscription_status", 3, call, read, again, _check_named),
+        RequestSpec("list_parked", 3, call, read, again, _check_named),
+        RequestSpec("replay_parked", 3, call, write, again, _check_named),
         RequestSpec("record_snapshot", 6, cast, write, again, _check_snapshot),
         RequestSpec("delete_snapshot", 5, cast, write, again, _check_snapshot),
     ]

@@ -75,6 +75,10 @@ _CALLS: Final[tuple[tuple[str, int, Build], ...]] = (
     ("get_version", 2, _named("get_version")),
     ("get_streams", 1, _named("get_streams")),
     ("get_subscriptions", 1, _named("get_subscriptions")),
+    ("subscribe", 5, _named("subscribe")),
+    ("subscription_status", 2, _named("subscription_status")),
+    ("list_parked", 2, _named("list_parked")),
+    ("replay_parked", 2, _named("replay_parked")),
     ("list_stores", 0, _named("list_stores")),
     ("read_snapshot", 4, _named("read_snapshot")),
     ("list_snapshots", 1, _named("list_snapshots", schema.ANY, schema.ANY)),
@@ -95,6 +99,7 @@ _CASTS: Final[tuple[tuple[str, int, Build], ...]] = (
     ("remove_subscription", 3, _named("remove_subscription", b"transient")),
     ("remove_subscription", 4, _named("remove_subscription")),
     ("ack_event", 4, _named("ack_event")),
+    ("nack_event", 5, _named("nack_event")),
     ("record_snapshot", 5, _named("record_snapshot")),
     ("delete_snapshot", 4, _named("delete_snapshot")),
 )

@@ -60,6 +60,8 @@ AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
 
 _REPLY_LEVELS: Final = 1
 
+_ABOUT_SUBSCRIPTIONS: Final = frozenset({"save_subscription", "remove_subscription", "ack_event", "nack_event"})
+
 log = structlog.get_logger(__name__)
 
 
@@ -76,6 +78,16 @@ class Embedded(Protocol):
     def stream_counts(self, store: Atom, streams: Sequence[bytes] | None, on_reply: OnReply, /) -> None: ...
 
     def committed(self, store: Atom, /) -> int | None: ...
+
+
+class SubscriptionDoor(Protocol):
+    """Who runs the subscriptions (`gater.api.subscriptions.door`)."""
+
+    def call(self, request: Request, on_reply: OnReply, /) -> None: ...
+
+    def cast(self, request: Request, on_taken: OnTaken, /) -> bool: ...
+
+    def appended(self, store: Atom, stream: bytes, version: int, /) -> None: ...
 
 
 class Registries(Protocol):
@@ -101,6 +113,7 @@ class Service:
         self.router = Router(random.randrange)
         self.embedded = embedded
         self.registries: Registries | None = None
+        self.subscriptions: SubscriptionDoor | None = None
         self.append_mode: AppendMode = append_mode
         self.guarded_forms: dict[Atom, EncodedTerm | None] = {}
         """Store nodes that were asked how they append: the expression they have parsed for us, None if they cannot."""
@@ -141,6 +154,11 @@ class Service:
         if self._under_way >= self.max_requests:
             on_reply(schema.error(schema.OVERLOADED))
             return
+        if checked.op in schema.GATER_OPS and self.subscriptions is not None:
+            self.subscriptions.call(checked, on_reply)
+            return
+        if self.subscriptions is not None and checked.op == "append_events":
+            on_reply = _telling(self.subscriptions, checked, on_reply)
         self._under_way += 1
         to_send = raw if raw is not None and checked.term is request else checked.term
         allowed_s = self.timeout_s if timeout_s is None else timeout_s
@@ -191,6 +209,12 @@ class Service:
         checked = check_request(request, cast=True)
         if isinstance(checked, Rejected):
             on_taken(checked)
+        elif (
+            self.subscriptions is not None
+            and checked.op in _ABOUT_SUBSCRIPTIONS
+            and self.subscriptions.cast(checked, on_taken)
+        ):
+            return
         elif self.embedded is not None and self.is_embedded(checked.store):
             on_taken(self.embedded.cast(checked))
         else:
@@ -450,6 +474,19 @@ class _Call:
         self._timer.cancel()
         self._service.done()
         on_reply(reply)
+
+
+def _telling(subscriptions: SubscriptionDoor, request: Request, on_reply: OnReply) -> OnReply:
+    """`on_reply`, and the subscriptions are told where the stream stands after an append."""
+
+    def answered(reply: Term) -> None:
+        on_reply(reply)
+        if type(reply) is tuple and reply[0] is schema.OK and request.store is not None and request.stream is not None:
+            version = decoded(reply[1])
+            if type(version) is int and version >= 0:
+                subscriptions.appended(request.store, request.stream, version)
+
+    return answered
 
 
 def decoded(term: Term) -> Term:

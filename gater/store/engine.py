@@ -469,7 +469,7 @@ class StoreReader:
         return records.ok_list(*self._joined("SELECT name AS term FROM streams ORDER BY substr(name, 6)"))
 
     def _stream_counts(self, term: tuple[Term, ...]) -> Term:
-        """`{:stream_counts, store, streams | nil}`: events by stream; of this store only, no request of the original."""
+        """`{:stream_counts, store, streams | nil}`: events by stream; for this node only."""
         streams = term[2]
         if streams is None:
             rows = self._connection.execute("SELECT substr(name, 6), version + 1 FROM streams").fetchall()

@@ -1,0 +1,663 @@
+"""Subscriptions of this gateway, as its callers see them: who runs which, and what becomes of their requests.
+
+A transient subscription runs in the gateway that was asked for it and ends with its subscriber. A persistent one runs
+in the gateway that has its name in Swarm's registry, `{:gater_subscription, store, name}`; the others pass requests on
+to the process registered there. Definition and subscribers stand in the properties of that name, so that when its
+gateway goes every other one knows what to take over: all of them try to register the name, one gets it, reads the
+checkpoint (`saved.py`) and goes on with the same subscribers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from gater.api import schema
+from gater.api.schema import Rejected, Request
+from gater.api.service import OnReply, OnTaken, Service
+from gater.api.subscriptions import protocol as p
+from gater.api.subscriptions.matching import SelectorError, compile_selector
+from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy
+from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
+from gater.api.subscriptions.shell import StoreFeed
+from gater.erl.errors import CallError
+from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_server
+from gater.erl.process import SHUTDOWN, described
+from gater.erl.terms import Atom, Pid, Term
+from gater.pubsub.adapter import PubSub
+from gater.pubsub.messages import appended_message, appended_topic, parse_appended, parse_events, store_topic
+from gater.swarm.messages import AddMeta, Track, UntrackName, registered_elsewhere
+from gater.swarm.registry import Entry
+from gater.swarm.swarm import Swarm
+
+SUBSCRIPTION: Final = Atom("gater_subscription")
+"""First element of the names in Swarm, and of what gateways send each other about subscriptions."""
+
+SUBSCRIBE_TIMEOUT_S: Final = 4.5
+"""How long a caller waits until its subscription has started, at most; Elixir callers give up after 5 s."""
+
+TAKE_OVER_S: Final = 60.0
+"""How long a gateway tries to take over a subscription: its store may be choosing a new leader just then."""
+
+TRY_AGAIN_S: Final = 0.1
+"""Before another attempt: the owner is going, or the store does not answer."""
+
+STALE_S: Final = 2.0
+"""How long a checkpoint that must be there is looked for: the member of the store that is asked may be behind."""
+
+EVENTS_SERVER: Final = "ex_esdb_events"
+TRANSIENT: Final = b"transient"
+
+_SUBSCRIBER: Final = Atom("subscriber")
+_SUBSCRIBERS: Final = Atom("subscribers")
+_TYPE: Final = Atom("type")
+_SELECTOR: Final = Atom("selector")
+_OPTIONS: Final = Atom("options")
+_START_FROM: Final = Atom("start_from")
+_AUTO_ACK: Final = Atom("auto_ack")
+_NOW: Final = Atom("now")
+_SWARM: Final = Atom("swarm")
+_NUMBERS: Final = ("window", "batch_size", "max_retries")
+
+log = structlog.get_logger(__name__)
+
+
+class _Refused(Exception):
+    """What was asked for is answered with this error reason."""
+
+    def __init__(self, reason: Term) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def not_found(name: bytes) -> Term:
+    """The reason when there is no such subscription in any gateway."""
+    return (Atom("subscription_not_found"), name)
+
+
+def refused(text: str) -> Term:
+    """The reason when a subscription cannot be had like that."""
+    return (Atom("subscription_refused"), text.encode())
+
+
+class Owner(GenServer):
+    """The process that stands for a persistent subscription in Swarm's registry."""
+
+    def __init__(self, door: Subscriptions, owned: _Owned) -> None:
+        self._door = door
+        self._owned = owned
+
+    def handle_call(self, request: Term, caller: Caller) -> Term:
+        reply = self.process.node.reply
+        checked = _passed_on(request, cast=False)
+        if isinstance(checked, Rejected):
+            return checked.reply
+        self._door.call(checked, lambda answer: reply(caller, answer), passed_on=True)
+        return NO_REPLY
+
+    def handle_cast(self, message: Term) -> None:
+        checked = _passed_on(message, cast=True)
+        if not isinstance(checked, Rejected):
+            self._door.cast(checked, _ignore, passed_on=True)
+
+    def handle_info(self, message: Term) -> None:
+        # {swarm, die}: two gateways had the name, and the other one keeps it.
+        if type(message) is tuple and message and message[0] is _SWARM:
+            self._door.lost(self._owned)
+
+
+def _passed_on(message: Term, *, cast: bool) -> Request | Rejected:
+    if type(message) is tuple and len(message) == 2 and message[0] is SUBSCRIPTION:
+        return schema.check_request(message[1], cast=cast)
+    return Rejected(schema.invalid_request("not a request of a gateway"))
+
+
+@dataclass(slots=True, eq=False)
+class _Owned:
+    """A persistent subscription that runs here, or is about to."""
+
+    store: Atom
+    name: bytes
+    spec: Spec
+    options: Term
+    ready: asyncio.Future[None]
+    server: Owner | None = None
+    told: list[Pid] = field(default_factory=list)
+    """The subscribers that the registry knows."""
+
+    @property
+    def swarm_name(self) -> Term:
+        return (SUBSCRIPTION, self.store, self.name)
+
+
+class Subscriptions:
+    """All subscriptions of a gateway. `start` once its node is up."""
+
+    def __init__(self, service: Service, swarm: Swarm | None = None) -> None:
+        self._service = service
+        self._swarm = swarm
+        self._feeds: dict[Atom, StoreFeed] = {}
+        self._owned: dict[tuple[Atom, bytes], _Owned] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pubsub: PubSub | None = None
+        self._unsubscribe: list[Callable[[], None]] = []
+        self._stopping = False
+        self._end_watch: Callable[[], None] = lambda: None
+        self._told: dict[tuple[Atom, bytes], int] = {}
+
+    def start(self, pubsub: PubSub | None = None) -> None:
+        """Take requests. `pubsub` brings hints, and tells other gateways of appends."""
+        self._pubsub = pubsub
+        self._service.subscriptions = self
+        if self._swarm is not None:
+            self._end_watch = self._swarm.watch_starting_with(SUBSCRIPTION, self._name_changed)
+
+    async def stop(self) -> None:
+        """Save where everything stands and give it away."""
+        self._stopping = True
+        self._end_watch()
+        for end in self._unsubscribe:
+            end()
+        await asyncio.gather(*(self._give_away(owned) for owned in list(self._owned.values())))
+        for task in set(self._tasks):
+            task.cancel()
+        for feed in self._feeds.values():
+            feed.close()
+
+    def feed(self, store: Atom) -> StoreFeed:
+        """The feed of a store."""
+        feed = self._feeds.get(store)
+        if feed is None:
+            feed = self._feeds[store] = StoreFeed(self._service, store)
+            feed.on_subscribers = lambda key: self._subscribers_changed(store, key)
+            if self._pubsub is not None:
+                server = self._pubsub[EVENTS_SERVER]
+                self._unsubscribe.append(server.subscribe(appended_topic(store), self._heard))
+                self._unsubscribe.append(
+                    server.subscribe(store_topic(store, "$all"), lambda _, message: self._heard_events(store, message))
+                )
+        return feed
+
+    # Hints
+
+    def appended(self, store: Atom, stream: bytes, version: int) -> None:
+        """An append that went through this gateway: a hint for us and, once a turn of the loop, for the others."""
+        self._hint(store, stream, version)
+        if self._pubsub is not None:
+            if not self._told:
+                asyncio.get_running_loop().call_soon(self._tell_others)
+            self._told[store, stream] = version
+
+    def _tell_others(self) -> None:
+        told, self._told = self._told, {}
+        if self._pubsub is not None:
+            server = self._pubsub[EVENTS_SERVER]
+            for (store, stream), version in told.items():
+                server.broadcast_elsewhere(appended_topic(store), appended_message(store, stream, version))
+
+    def _heard(self, _: bytes, message: Term) -> None:
+        appended = parse_appended(message)
+        if appended is not None:
+            self._hint(appended.store, appended.stream, appended.version)
+
+    def _heard_events(self, store: Atom, message: Term) -> None:
+        for record in parse_events(message) or ():
+            stream, number = record.get(schema.EVENT_STREAM_ID), record.get(schema.EVENT_NUMBER)
+            if type(stream) is bytes and type(number) is int and number >= 0:
+                self._hint(store, stream, number)
+
+    def _hint(self, store: Atom, stream: bytes, version: int) -> None:
+        feed = self._feeds.get(store)
+        if feed is not None:
+            feed.give(Hint(stream, version))
+
+    # Requests
+
+    def call(self, request: Request, on_reply: OnReply, *, passed_on: bool = False) -> None:
+        """Carry out a call about subscriptions; `on_reply` is called once."""
+        self._spawn(self._answer(self._reply(request, passed_on), on_reply))
+
+    @staticmethod
+    async def _answer(work: Coroutine[Any, Any, Term], on_reply: OnReply) -> None:
+        reply = schema.error(schema.DRAINING)
+        try:
+            async with asyncio.timeout(SUBSCRIBE_TIMEOUT_S):
+                reply = await work
+        except _Refused as problem:
+            reply = schema.error(problem.reason)
+        except Unreadable as problem:
+            reply = schema.error(problem.args[0])
+        except TimeoutError:
+            reply = schema.error(schema.call_timeout(round(SUBSCRIBE_TIMEOUT_S * 1000)))
+        finally:
+            on_reply(reply)
+
+    async def _reply(self, request: Request, passed_on: bool) -> Term:
+        assert request.store is not None
+        term = request.term
+        if request.op == "subscribe":
+            _, store, kind, selector, name, options = term
+            return await self._subscribe(store, kind, selector, name, options, passed_on)
+        store, name = term[1], term[2]
+        if request.op == "list_parked":
+            return schema.ok([parked_term(*each) for each in await self._state(store, name).parked()])
+        owned = self._owned.get((store, name))
+        if owned is None:
+            return await self._pass_on(request, passed_on)
+        await _outcome(owned.ready)
+        feed = self.feed(store)
+        if request.op == "replay_parked":
+            events = [event for event, _, _ in await feed.saved[name].parked()]
+            feed.give(p.ReplayParked(name, events))
+            return schema.ok(len(events))
+        status = feed.status(name)
+        if status is None:
+            raise _Refused(not_found(name))
+        return schema.ok(_status_term(status, self._service.node.name))
+
+    def cast(self, request: Request, on_taken: OnTaken, *, passed_on: bool = False) -> bool:
+        """Carry out a cast; False if it is not about a subscription of any gateway: then it is the store's."""
+        term = request.term
+        if request.op == "save_subscription":
+            if type(term[6]) is not Pid:
+                return False
+            options = {_START_FROM: term[5], _SUBSCRIBER: term[6], _AUTO_ACK: True}
+            work = self._subscribe(term[1], term[2], term[3], term[4], options, False)
+            self._spawn(
+                self._answer(work, lambda reply: on_taken(None if reply[0] is schema.OK else Rejected(reply[1])))
+            )
+            return True
+        if request.op == "remove_subscription":
+            self._spawn(self._remove(request, passed_on))
+            return passed_on
+        if request.op == "ack_event":
+            return self._each_of(request, passed_on, lambda key, event: p.Ack(key, *event), on_taken)
+        if request.op == "nack_event":
+            action = Action(str(term[5]))
+            if not self._each_of(request, passed_on, lambda key, event: p.Nack(key, *event, action), on_taken):
+                on_taken(Rejected(not_found(term[2])))
+            return True
+        return False
+
+    def _each_of(
+        self,
+        request: Request,
+        passed_on: bool,
+        make: Callable[[Key, tuple[bytes, int]], p.Input],
+        on_taken: OnTaken,
+    ) -> bool:
+        """Give the subscriptions an ack or nack is about what `make` makes of it; False if there are none."""
+        _, store, name, subscriber, event = request.term[:5]
+        about = (event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
+        feed = self._feeds.get(store)
+        if name == TRANSIENT:
+            keys = [] if feed is None else [key for key in feed.keys_of(subscriber) if type(key) is tuple]
+        else:
+            keys = [name] if feed is not None and name in feed else []
+        if feed is not None and keys:
+            for key in keys:
+                feed.give(make(key, about))
+            on_taken(None)
+            return True
+        owner = None if passed_on else self._elsewhere(store, name)
+        if owner is not None:
+            cast(self._service.node, owner, (SUBSCRIPTION, request.term))
+            on_taken(None)
+        return owner is not None
+
+    # Subscribing
+
+    async def _subscribe(
+        self, store: Atom, kind: Atom, selector: Term, name: bytes, options: Mapping[Term, Term], passed_on: bool
+    ) -> Term:
+        subscriber = options.get(_SUBSCRIBER)
+        if type(subscriber) is not Pid:
+            raise _Refused(schema.invalid_request("subscribe: the options must name a subscriber, a pid"))
+        spec = _spec(kind, selector, options, persistent=name != TRANSIENT)
+        try:
+            matcher = compile_selector(kind, selector)
+        except SelectorError as problem:
+            raise _Refused(refused(str(problem))) from None
+        if self._stopping:
+            raise _Refused(schema.DRAINING)
+        if not self._service.is_embedded(store) and not self._service.router.is_known(store):
+            raise _Refused(schema.store_not_found(store))
+        if name == TRANSIENT:
+            await self._join(store, (subscriber, *matcher.identity), spec, subscriber, None)
+        else:
+            await self._subscribe_persistent(store, name, spec, options, subscriber, passed_on)
+        return schema.ok(name)
+
+    async def _join(
+        self, store: Atom, key: Key, spec: Spec, subscriber: Pid, positions: Mapping[bytes, int] | None
+    ) -> None:
+        feed = self.feed(store)
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def tell(problem: str | None) -> None:
+            if not started.done():
+                if problem is None:
+                    started.set_result(None)
+                else:
+                    started.set_exception(_Refused(refused(problem)))
+
+        feed.on_started.setdefault(key, []).append(tell)
+        feed.subscribe(key, spec, subscriber, positions)
+        await started
+        feed.on_subscribers(key)
+
+    async def _subscribe_persistent(
+        self,
+        store: Atom,
+        name: bytes,
+        spec: Spec,
+        options: Mapping[Term, Term],
+        subscriber: Pid,
+        passed_on: bool,
+        *,
+        taken_over: bool = False,
+    ) -> None:
+        while True:
+            owned = self._owned.get((store, name))
+            if owned is not None:
+                await _outcome(owned.ready)
+                if self._owned.get((store, name)) is owned:
+                    await self._join(store, name, spec, subscriber, None)
+                    return
+                continue
+            owner = self._elsewhere(store, name)
+            if owner is not None:
+                if passed_on or taken_over:
+                    raise _Refused(not_found(name))
+                if await self._subscribe_elsewhere(owner, store, name, spec, options):
+                    return
+            elif await self._own(store, name, spec, options, subscriber, taken_over=taken_over):
+                return
+            await asyncio.sleep(TRY_AGAIN_S)
+
+    async def _subscribe_elsewhere(
+        self, owner: Pid, store: Atom, name: bytes, spec: Spec, options: Mapping[Term, Term]
+    ) -> bool:
+        term = (Atom("subscribe"), store, spec.kind, spec.selector, name, options)
+        try:
+            reply = await call(self._service.node, owner, (SUBSCRIPTION, term), timeout_s=SUBSCRIBE_TIMEOUT_S)
+        except CallError:
+            return False
+        if reply[0] is schema.OK:
+            return True
+        if reply[1] == not_found(name):
+            return False
+        raise _Refused(reply[1])
+
+    async def _own(
+        self,
+        store: Atom,
+        name: bytes,
+        spec: Spec,
+        options: Mapping[Term, Term],
+        subscriber: Pid,
+        *,
+        taken_over: bool,
+    ) -> bool:
+        """Get the name and start the subscription; False if another gateway has got it."""
+        loop = asyncio.get_running_loop()
+        feed = self.feed(store)
+        saved = SavedState(feed.snapshots, name, spec.kind, spec.selector)
+        problem = saved.problem()
+        if problem is not None:
+            raise _Refused(problem.reason)
+        kept = {key: value for key, value in options.items() if key is not _SUBSCRIBER}
+        owned = _Owned(store, name, spec, kept, loop.create_future())
+        self._owned[store, name] = owned
+        try:
+            if not await self._register(owned, subscriber):
+                self._forget(owned)
+                return False
+            positions = await saved.load()
+            until = loop.time() + STALE_S
+            while taken_over and positions is None and loop.time() < until:
+                await asyncio.sleep(TRY_AGAIN_S)
+                positions = await saved.load()
+            if positions is None:
+                record = schema.Subscription(
+                    spec.kind, spec.selector, name.decode(), spec.start if isinstance(spec.start, int) else 0
+                )
+                self._service.cast(schema.save_subscription_cast(store, record), _ignore)
+                if spec.start is not Start.NOW and not await saved.save({}):
+                    raise _Refused(refused("the store did not save the subscription"))
+            feed.saved[name] = saved
+            await self._join(store, name, spec, subscriber, positions)
+        except ValueError as problem_found:
+            self._unregister(owned)
+            self._forget(owned)
+            raise _Refused(refused(str(problem_found))) from None
+        except BaseException:
+            feed.remove(name)
+            self._unregister(owned)
+            self._forget(owned)
+            raise
+        if not owned.ready.done():
+            owned.ready.set_result(None)
+        log.info("subscription_owned", store=str(store), subscription=name.decode(), taken_over=taken_over)
+        return True
+
+    async def _register(self, owned: _Owned, subscriber: Pid) -> bool:
+        server = owned.server = Owner(self, owned)
+        spawn_server(self._service.node, server)
+        if self._swarm is None:
+            return True
+        answered: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+        owned.told = [subscriber]
+        meta = {SUBSCRIPTION: self._properties(owned)}
+        self._swarm.ask(
+            Track(owned.swarm_name, server.pid, meta),
+            lambda reply: None if answered.done() else answered.set_result(reply),
+        )
+        reply = await answered
+        if reply[0] is schema.OK:
+            return True
+        other = registered_elsewhere(reply[1])
+        if other is None:
+            log.warning("subscription_not_registered", subscription=str(owned.name), reason=repr(reply))
+        return False
+
+    def _properties(self, owned: _Owned) -> Term:
+        return {
+            _TYPE: owned.spec.kind,
+            _SELECTOR: owned.spec.selector,
+            _OPTIONS: owned.options,
+            _SUBSCRIBERS: list(owned.told),
+        }
+
+    def _subscribers_changed(self, store: Atom, key: Key) -> None:
+        owned = self._owned.get((store, key)) if type(key) is bytes else None
+        if owned is None or owned.server is None or self._swarm is None or self._stopping:
+            return
+        now = [each for each in self.feed(store).subscribers(key) if isinstance(each, Pid)]
+        if now != owned.told:
+            owned.told = now
+            self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
+
+    def _unregister(self, owned: _Owned) -> None:
+        """Free the name. Who looks at its properties now finds nobody to take it over for, unless we are stopping."""
+        if owned.server is None or not owned.server.process.alive:
+            return
+        if self._swarm is not None and self._swarm.whereis(owned.swarm_name) == owned.server.pid:
+            if not self._stopping:
+                owned.told = []
+                self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
+            self._swarm.ask(UntrackName(owned.swarm_name), _ignore)
+
+    def _forget(self, owned: _Owned) -> None:
+        if self._owned.get((owned.store, owned.name)) is owned:
+            del self._owned[owned.store, owned.name]
+            self.feed(owned.store).saved.pop(owned.name, None)
+        if not owned.ready.done():
+            owned.ready.set_result(None)
+        if owned.server is not None and owned.server.process.alive:
+            owned.server.process.exit(SHUTDOWN)
+
+    # Changing hands
+
+    def _elsewhere(self, store: Atom, name: bytes) -> Pid | None:
+        """The process of a subscription that runs in another gateway."""
+        pid = None if self._swarm is None else self._swarm.whereis((SUBSCRIPTION, store, name))
+        return pid if pid is not None and pid.node is not self._service.node.name else None
+
+    def _name_changed(self, name: Term, old: Entry | None, new: Entry | None) -> None:
+        if new is not None or old is None or self._stopping or old.pid.node is self._service.node.name:
+            return
+        properties = old.meta.get(SUBSCRIPTION)
+        if type(name) is tuple and len(name) == 3 and isinstance(properties, Mapping):
+            for subscriber in properties.get(_SUBSCRIBERS, ()):
+                self._spawn(self._take_over(name[1], name[2], properties, subscriber))
+
+    async def _take_over(self, store: Atom, name: bytes, properties: Mapping[Term, Term], subscriber: Pid) -> None:
+        options = properties[_OPTIONS]
+        spec = _spec(properties[_TYPE], properties[_SELECTOR], options, persistent=True)
+        with_subscriber = {**options, _SUBSCRIBER: subscriber}
+        until = asyncio.get_running_loop().time() + TAKE_OVER_S
+        while not self._stopping and asyncio.get_running_loop().time() < until:
+            try:
+                await self._subscribe_persistent(store, name, spec, with_subscriber, subscriber, False, taken_over=True)
+                return
+            except _Refused as problem:
+                if problem.reason == not_found(name):
+                    return  # another gateway has it
+                log.warning("take_over_refused", subscription=name.decode(), reason=repr(problem.reason))
+                return
+            except Unreadable as problem:
+                log.warning("take_over_delayed", subscription=name.decode(), reason=repr(problem.args[0])[:200])
+                await asyncio.sleep(TRY_AGAIN_S)
+
+    def lost(self, owned: _Owned) -> None:
+        """Another gateway has the name now: our subscribers go there."""
+        if self._owned.get((owned.store, owned.name)) is not owned:
+            return
+        feed = self.feed(owned.store)
+        subscribers = [each for each in feed.subscribers(owned.name) if isinstance(each, Pid)]
+        feed.release(owned.name)
+        self._forget(owned)
+        for subscriber in subscribers:
+            options = {**owned.options, _SUBSCRIBER: subscriber}
+            self._spawn(self._move(owned, options, subscriber))
+
+    async def _move(self, owned: _Owned, options: Mapping[Term, Term], subscriber: Pid) -> None:
+        try:
+            await self._subscribe_persistent(owned.store, owned.name, owned.spec, options, subscriber, False)
+        except (_Refused, Unreadable) as problem:
+            log.warning("subscriber_not_moved", subscription=owned.name.decode(), reason=repr(problem))
+
+    async def _give_away(self, owned: _Owned) -> None:
+        feed = self.feed(owned.store)
+        saved = feed.saved.get(owned.name)
+        feed.release(owned.name)
+        if saved is not None:
+            await saved.flushed()
+        self._unregister(owned)
+        self._forget(owned)
+
+    async def _remove(self, request: Request, passed_on: bool) -> None:
+        _, store, kind, selector, name = request.term
+        try:
+            identity = compile_selector(kind, selector).identity
+        except SelectorError:
+            return
+        feed = self._feeds.get(store)
+        if name == TRANSIENT:
+            for key in [] if feed is None else feed.keys():
+                if feed is not None and type(key) is tuple and key[1:] == identity:
+                    feed.remove(key)
+            return
+        owned = self._owned.get((store, name))
+        if owned is None:
+            owner = None if passed_on else self._elsewhere(store, name)
+            if owner is not None:
+                cast(self._service.node, owner, (SUBSCRIPTION, request.term))
+                return
+            saved = self._state(store, name, kind, selector)
+        else:
+            if compile_selector(owned.spec.kind, owned.spec.selector).identity != identity:
+                return
+            saved = self.feed(store).saved.get(name) or self._state(store, name, kind, selector)
+            self.feed(store).remove(name)
+            self._unregister(owned)
+            self._forget(owned)
+        try:
+            if await saved.load() is not None:
+                await saved.remove()
+        except ValueError:
+            return  # what is saved belongs to another selector
+        except Unreadable as problem:
+            log.warning("checkpoint_not_removed", subscription=name.decode(), reason=repr(problem.args[0])[:200])
+
+    async def _pass_on(self, request: Request, passed_on: bool) -> Term:
+        name = request.term[2]
+        owner = None if passed_on else self._elsewhere(request.term[1], name)
+        if owner is None:
+            raise _Refused(not_found(name))
+        try:
+            reply: Term = await call(
+                self._service.node, owner, (SUBSCRIPTION, request.term), timeout_s=SUBSCRIBE_TIMEOUT_S
+            )
+        except CallError as error:
+            raise _Refused(schema.worker_died(error.reason)) from None
+        return reply
+
+    def _state(self, store: Atom, name: bytes, kind: Atom = schema.ANY, selector: Term = None) -> SavedState:
+        return SavedState(Snapshots(self._service, self.feed(store).reads), name, kind, selector)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("subscriptions_failed", error=described(error))
+
+
+async def _outcome(ready: asyncio.Future[None]) -> None:
+    """Wait for a future that others wait for too: giving up must not end it."""
+    await asyncio.shield(ready)
+
+
+def _spec(kind: Atom, selector: Term, options: Mapping[Term, Term], *, persistent: bool) -> Spec:
+    start = options.get(_START_FROM, 0)
+    given = {name: options[Atom(name)] for name in _NUMBERS if Atom(name) in options}
+    timeout_ms = options.get(Atom("ack_timeout_ms"))
+    if timeout_ms is not None:
+        given["ack_timeout_s"] = timeout_ms / 1000
+    strategy = options.get(Atom("strategy"))
+    try:
+        if strategy is not None:
+            given["strategy"] = Strategy(str(strategy))
+        made = Options(auto_ack=options.get(_AUTO_ACK, False) is True, **given)
+    except ValueError as problem:
+        raise _Refused(schema.invalid_request(f"subscribe: {problem}")) from None
+    return Spec(kind, selector, Start.NOW if start is _NOW else start, persistent, made)
+
+
+def _status_term(status: p.Status, node: Atom) -> Term:
+    return {
+        Atom("name"): status.key,
+        _TYPE: status.kind,
+        _SELECTOR: status.selector,
+        Atom("state"): Atom(status.state),
+        Atom("node"): node,
+        _SUBSCRIBERS: status.subscribers,
+        Atom("in_flight"): status.in_flight,
+        Atom("buffered"): status.buffered,
+        Atom("streams_behind"): status.streams_behind,
+        Atom("parking"): status.parking,
+        Atom("unsaved_streams"): status.unsaved_streams,
+    }
+
+
+def _ignore(_: object) -> None:
+    return None

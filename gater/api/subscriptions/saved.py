@@ -1,0 +1,224 @@
+"""What persistent subscriptions keep in their store, for this gateway and the next: checkpoints and parked events.
+
+All of it are snapshots, which every ExESDB store has, under sources of gater's own:
+
+    source "gater.checkpoint", stream NAME, version SHARD:
+        %{type, selector, shard, write, positions: %{stream => number of the next event}}
+    source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
+        %{event, reason, attempts, write}
+
+A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
+at a time. A store acknowledges no snapshot: what was written is read back, `write` tells it from an earlier one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Final
+from zlib import crc32
+
+from gater.api import schema
+from gater.api.schema import Rejected, check_request
+from gater.api.service import Service
+from gater.api.subscriptions.protocol import Event, event_of
+from gater.api.subscriptions.reads import StoreReads
+from gater.erl.terms import Atom, Term
+
+CHECKPOINTS: Final = "gater.checkpoint"
+PARKED: Final = "gater.parked."
+
+SHARDS: Final = 64
+"""Snapshots of one checkpoint: 100,000 streams are 64 snapshots of some 50 kB."""
+
+CONFIRM_S: Final = 3.0
+"""How long a snapshot may take to be there before its write counts as failed."""
+
+LOOK_AGAIN_S: Final = 0.05
+"""Between two looks whether it is there."""
+
+_TYPE: Final = Atom("type")
+_SELECTOR: Final = Atom("selector")
+_SHARD: Final = Atom("shard")
+_WRITE: Final = Atom("write")
+_POSITIONS: Final = Atom("positions")
+_EVENT: Final = Atom("event")
+_REASON: Final = Atom("reason")
+_ATTEMPTS: Final = Atom("attempts")
+
+
+class Unreadable(Exception):
+    """The store did not say what it has; the argument is its reason."""
+
+
+class Snapshots:
+    """Writing snapshots so that one knows they are there."""
+
+    def __init__(self, service: Service, reads: StoreReads) -> None:
+        self._service = service
+        self._reads = reads
+        self.store = reads.store
+
+    async def write(self, source: str, stream: str | bytes, version: int, record: dict[Term, Term]) -> bool:
+        """Write one; whether it is certain to be there."""
+        mark = os.urandom(8)
+        record[_WRITE] = mark
+        service = self._service
+        request = check_request(schema.record_snapshot_cast(self.store, source, stream, version, record), cast=True)
+        if isinstance(request, Rejected):
+            return False
+        done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+        if service.embedded is not None and service.is_embedded(self.store):
+            service.embedded.submit(request, lambda reply: None if done.done() else done.set_result(reply))
+            return await done is schema.OK
+        if service.write_refusal(self.store) is not None:
+            return False
+        service.cast(request.term, lambda refused: None if done.done() else done.set_result(refused))
+        if await done is not None:
+            return False
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CONFIRM_S
+        while True:
+            reply = await self._reads.reply(schema.read_snapshot_request(self.store, source, stream, version))
+            if reply[0] is schema.OK and isinstance(reply[1], Mapping) and reply[1].get(_WRITE) == mark:
+                return True
+            if loop.time() >= until:
+                return False
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def all(self, source: str, stream: str | bytes | None) -> list[tuple[bytes, bytes, int, Mapping[Term, Term]]]:
+        """The snapshots of a source: source, stream, version, record. Raises `Unreadable`."""
+        request = schema.list_snapshots_request(self.store, source, schema.ANY if stream is None else stream)
+        reply = await self._reads.reply(request)
+        if reply[0] is not schema.OK:
+            raise Unreadable(reply[1])
+        return [
+            (path[1], path[2], int(path[3]), record)
+            for path, record in reply[1].items()
+            if isinstance(record, Mapping) and len(path) == 4
+        ]
+
+    def delete(self, source: str | bytes, stream: str | bytes, version: int) -> None:
+        """Have one deleted; nobody says when."""
+        self._service.cast(schema.delete_snapshot_cast(self.store, _text(source), _text(stream), version), _ignore)
+
+
+class SavedState:
+    """Checkpoint and parked events of one persistent subscription."""
+
+    def __init__(self, snapshots: Snapshots, name: bytes, kind: Atom, selector: Term) -> None:
+        self._snapshots = snapshots
+        self.name = name
+        self.kind = kind
+        self.selector = selector
+        self._shards: dict[int, dict[bytes, int]] = {}
+        self._lock = asyncio.Lock()
+
+    def problem(self) -> Rejected | None:
+        """Why a store could not keep the state of a subscription of this name."""
+        source, stream = self._parked_source, _hash(b"")
+        checked = check_request(schema.record_snapshot_cast(self._snapshots.store, source, stream, 0, {}), cast=True)
+        return checked if isinstance(checked, Rejected) else None
+
+    async def load(self) -> dict[bytes, int] | None:
+        """The positions that were saved, None if there are none. Raises `Unreadable`; ValueError if the subscription of
+        this name has another type or selector."""
+        found = await self._snapshots.all(CHECKPOINTS, self.name)
+        if not found:
+            return None
+        positions: dict[bytes, int] = {}
+        self._shards.clear()
+        for _, _, shard, record in found:
+            if record.get(_TYPE) is not self.kind or record.get(_SELECTOR) != self.selector:
+                raise ValueError(
+                    "a subscription of this name has another type or selector: choose another name, or remove it first"
+                )
+            of_shard = {
+                stream: number
+                for stream, number in record.get(_POSITIONS, {}).items()
+                if type(stream) is bytes and type(number) is int
+            }
+            self._shards[shard] = of_shard
+            positions.update(of_shard)
+        return positions
+
+    async def save(self, positions: Mapping[bytes, int]) -> bool:
+        """Save these positions with those saved before; whether they are certain to be there."""
+        async with self._lock:
+            touched = {_shard(stream) for stream in positions} or {0}
+            for stream, number in positions.items():
+                shard = self._shards.setdefault(_shard(stream), {})
+                shard[stream] = max(number, shard.get(stream, 0))
+            written = await asyncio.gather(*(self._write(shard) for shard in touched))
+        return all(written)
+
+    async def flushed(self) -> None:
+        """Return when the writes that have been asked for are over."""
+        await asyncio.sleep(0)
+        async with self._lock:
+            return
+
+    def _write(self, shard: int) -> asyncio.Future[bool]:
+        record: dict[Term, Term] = {
+            _TYPE: self.kind,
+            _SELECTOR: self.selector,
+            _SHARD: shard,
+            _POSITIONS: dict(self._shards.get(shard, {})),
+        }
+        return asyncio.ensure_future(self._snapshots.write(CHECKPOINTS, self.name, shard, record))
+
+    @property
+    def _parked_source(self) -> str:
+        return PARKED + self.name.decode()
+
+    async def park(self, event: Event, reason: Term, attempts: int) -> bool:
+        """Keep this event among the parked ones."""
+        record: dict[Term, Term] = {_EVENT: event.record, _REASON: reason, _ATTEMPTS: attempts}
+        return await self._snapshots.write(self._parked_source, _hash(event.stream), event.number, record)
+
+    def drop_parked(self, stream: bytes, number: int) -> None:
+        """Forget a parked event."""
+        self._snapshots.delete(self._parked_source, _hash(stream), number)
+
+    async def parked(self) -> list[tuple[Event, Term, int]]:
+        """The parked events, with reason and attempts, in the order they were appended. Raises `Unreadable`."""
+        found = []
+        for _, _, _, record in await self._snapshots.all(self._parked_source, None):
+            try:
+                event = event_of(record.get(_EVENT))
+            except schema.SchemaError:
+                continue
+            found.append((event, record.get(_REASON), int(record.get(_ATTEMPTS, 0))))
+        found.sort(key=lambda each: (each[0].epoch, each[0].stream, each[0].number))
+        return found
+
+    async def remove(self) -> None:
+        """Have everything deleted."""
+        async with self._lock:
+            for source, stream in ((CHECKPOINTS, self.name), (self._parked_source, None)):
+                for of, below, version, _ in await self._snapshots.all(source, stream):
+                    self._snapshots.delete(of, below, version)
+            self._shards.clear()
+
+
+def parked_term(event: Event, reason: Term, attempts: int) -> Term:
+    """How a parked event is shown: `%{event, reason, attempts}`."""
+    return {_EVENT: event.record, _REASON: reason, _ATTEMPTS: attempts}
+
+
+def _shard(stream: bytes) -> int:
+    return crc32(stream) % SHARDS
+
+
+def _hash(stream: bytes) -> str:
+    return sha256(stream).hexdigest()[:24]
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _ignore(refused: Rejected | None) -> None:
+    return None

@@ -1,0 +1,319 @@
+"""Runs the feed of one store: carries out its effects, keeps its time, watches its subscribers.
+
+A subscriber is a pid of any node, which gets `{:events, [event]}`, or a Python callable, which gets the list of event
+records. Whose subscriptions are run here, and what is saved of them, is decided in `door.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
+
+import structlog
+
+from gater.api.service import Service
+from gater.api.subscriptions import protocol as p
+from gater.api.subscriptions.feed import Feed
+from gater.api.subscriptions.protocol import Input, Key, SubscriberId
+from gater.api.subscriptions.reads import StoreReads
+from gater.api.subscriptions.saved import SavedState, Snapshots
+from gater.erl.errors import ErlError
+from gater.erl.node import Monitor
+from gater.erl.process import described
+from gater.erl.terms import Atom, Pid, Term
+from gater.pubsub.messages import events_message
+
+MIN_TICK_S: Final = 0.001
+"""A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
+
+log = structlog.get_logger(__name__)
+
+
+class StoreFeed:
+    """The subscriptions of one store that this gateway runs."""
+
+    def __init__(self, service: Service, store: Atom) -> None:
+        self.store = store
+        self.reads = StoreReads(service, store)
+        self.snapshots = Snapshots(service, self.reads)
+        self.saved: dict[Key, SavedState] = {}
+        """What is saved, of the persistent ones."""
+        self.on_started: dict[Key, list[Callable[[str | None], None]]] = {}
+        """Whom to tell that a subscription has started (None), or why it was refused."""
+        self.on_ended: Callable[[Key], None] = lambda key: None
+        self.on_subscribers: Callable[[Key], None] = lambda key: None
+        self._node = service.node
+        self._loop = asyncio.get_running_loop()
+        self._feed = Feed(self._loop.time())
+        self._inputs: deque[Input] = deque()
+        self._running = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = float("inf")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._monitors: dict[Pid, Monitor] = {}
+        self._keys_of: dict[SubscriberId, set[Key]] = {}
+        self._subscribers_of: dict[Key, dict[SubscriberId, None]] = {}
+        self._busy: dict[Atom, set[Pid]] = {}
+        self._closed = False
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            p.ReadPage: self._read_page,
+            p.ReadCounts: self._read_counts,
+            p.ReadIndex: self._read_index,
+            p.Deliver: self._deliver,
+            p.SaveCheckpoint: self._save,
+            p.Park: self._park,
+            p.DropParked: self._drop_parked,
+            p.Started: lambda effect: self._tell(effect.key, None),
+            p.Refused: self._refused,
+            p.Stopped: self._stopped,
+            p.Ended: self._ended,
+            p.Log: lambda effect: log.warning(effect.event, store=str(store), **effect.fields),
+        }
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._feed
+
+    def status(self, key: Key) -> p.Status | None:
+        """How a subscription stands."""
+        return self._feed.status(key)
+
+    def keys_of(self, subscriber: SubscriberId) -> list[Key]:
+        """The subscriptions of a subscriber."""
+        return list(self._keys_of.get(subscriber, ()))
+
+    def keys(self) -> list[Key]:
+        """All subscriptions."""
+        return [status.key for status in self._feed.statuses()]
+
+    def subscribers(self, key: Key) -> list[SubscriberId]:
+        """Who has joined a subscription."""
+        return list(self._subscribers_of.get(key, ()))
+
+    # The machine
+
+    def give(self, *inputs: Input) -> None:
+        """Hand the feed its inputs, and carry out what comes of it."""
+        self._inputs.extend(inputs)
+        if self._running or self._closed:
+            return
+        self._running = True
+        try:
+            while self._inputs:
+                for effect in self._feed.receive(self._inputs.popleft(), self._loop.time()):
+                    self._handlers[type(effect)](effect)
+        finally:
+            self._running = False
+        self._keep_time()
+
+    def _keep_time(self) -> None:
+        due = self._feed.deadline
+        if self._timer is not None:
+            if due == self._due:
+                return
+            self._timer.cancel()
+            self._timer = None
+        self._due = due
+        if due != float("inf"):
+            self._timer = self._loop.call_at(max(due, self._loop.time() + MIN_TICK_S), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.give(p.Tick())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("subscription_task_failed", store=str(self.store), error=described(error))
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for monitor in self._monitors.values():
+            self._node.demonitor(monitor)
+        self._monitors.clear()
+
+    # Subscribers
+
+    def subscribe(
+        self, key: Key, spec: p.Spec, subscriber: SubscriberId | None, positions: Mapping[bytes, int] | None
+    ) -> None:
+        """Start a subscription, or join it; `on_started` says how it went."""
+        if subscriber is not None:
+            self._keys_of.setdefault(subscriber, set()).add(key)
+            self._subscribers_of.setdefault(key, {})[subscriber] = None
+            if isinstance(subscriber, Pid) and subscriber not in self._monitors:
+                self._monitors[subscriber] = self._node.monitor(subscriber, lambda *_: self.down(subscriber))
+        known = key in self._feed
+        self.give(p.Subscribe(key, spec, subscriber, positions))
+        status = self._feed.status(key)
+        if known and status is not None and status.state != "starting":
+            if status.state == "stopped":
+                self.give(p.Resume(key))
+            self._tell(key, None)
+
+    def down(self, subscriber: SubscriberId, key: Key | None = None) -> None:
+        """A subscriber has gone, from one subscription or from all."""
+        keys = [key] if key is not None else list(self._keys_of.get(subscriber, ()))
+        for each in keys:
+            self._forget(each, subscriber)
+        self.give(p.SubscriberDown(subscriber, key))
+        for each in keys:
+            self.on_subscribers(each)
+
+    def _forget(self, key: Key, subscriber: SubscriberId) -> None:
+        of_key = self._subscribers_of.get(key)
+        if of_key is not None:
+            of_key.pop(subscriber, None)
+            if not of_key:
+                del self._subscribers_of[key]
+        keys = self._keys_of.get(subscriber)
+        if keys is not None:
+            keys.discard(key)
+            if not keys:
+                del self._keys_of[subscriber]
+                if isinstance(subscriber, Pid) and (monitor := self._monitors.pop(subscriber, None)) is not None:
+                    self._node.demonitor(monitor)
+
+    def remove(self, key: Key) -> None:
+        """End a subscription, as if it had never been here."""
+        self.give(p.Remove(key))
+        self._forget_all(key)
+
+    def release(self, key: Key) -> None:
+        """Save where a subscription stands and end it here."""
+        self.give(p.Release(key))
+        self._forget_all(key)
+
+    def _forget_all(self, key: Key) -> None:
+        for subscriber in self.subscribers(key):
+            self._forget(key, subscriber)
+        self._tell(key, "the subscription has ended")
+
+    async def settled(self) -> None:
+        """Wait for the writes under way."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    # Effects
+
+    def _read_page(self, effect: p.ReadPage) -> None:
+        self.reads.page(
+            effect.stream, effect.start, effect.count, lambda events: self.give(p.Page(effect.token, events))
+        )
+
+    def _read_counts(self, effect: p.ReadCounts) -> None:
+        async def read() -> None:
+            began = self._loop.time()
+            counts = await self.reads.counts(effect.streams)
+            self.give(p.Counts(effect.token, counts, self._loop.time() - began))
+
+        self._spawn(read())
+
+    def _read_index(self, effect: p.ReadIndex) -> None:
+        async def read() -> None:
+            self.give(p.Index(effect.token, await self.reads.index()))
+
+        self._spawn(read())
+
+    def _deliver(self, effect: p.Deliver) -> None:
+        subscriber = effect.subscriber
+        records: list[Term] = [event.record for event in effect.events]
+        if not isinstance(subscriber, Pid):
+            self._call(subscriber, records)
+            return
+        node = self._node
+        try:
+            node.send(subscriber, events_message(records))
+        except ErlError as error:
+            log.warning("events_not_sent", store=str(self.store), pid=str(subscriber), error=described(error))
+            return
+        connection = node.peers.table.get(subscriber.node)
+        if connection is not None and connection.busy:
+            self._is_busy(subscriber)
+
+    def _call(self, subscriber: Any, records: list[Term]) -> None:
+        try:
+            subscriber(records)
+        except Exception as error:
+            # A callback that cannot take events is as good as one that is gone.
+            log.error("subscriber_failed", store=str(self.store), error=described(error))
+            self._loop.call_soon(self.down, subscriber)
+
+    def _is_busy(self, subscriber: Pid) -> None:
+        waiting = self._busy.get(subscriber.node)
+        if waiting is None:
+            self._busy[subscriber.node] = {subscriber}
+            self._spawn(self._wait_for(subscriber.node))
+        elif subscriber in waiting:
+            return
+        else:
+            waiting.add(subscriber)
+        self._inputs.append(p.SubscriberBusy(subscriber, True))
+
+    async def _wait_for(self, node: Atom) -> None:
+        await self._node.drain(node)
+        for subscriber in self._busy.pop(node, ()):
+            self.give(p.SubscriberBusy(subscriber, False))
+
+    def _save(self, effect: p.SaveCheckpoint) -> None:
+        async def save() -> None:
+            saved = self.saved.get(effect.key)
+            ok = saved is not None and await saved.save(effect.positions)
+            self.give(p.Saved(effect.key, effect.token, ok))
+
+        self._spawn(save())
+
+    def _park(self, effect: p.Park) -> None:
+        event = effect.event
+        saved = self.saved.get(effect.key)
+        if saved is None:
+            # A transient subscription has no place of its own in the store.
+            log.warning("event_not_parked", store=str(self.store), stream=event.stream, number=event.number)
+            self._inputs.append(p.ParkSaved(effect.key, event.stream, event.number, True))
+            return
+
+        async def park(saved: SavedState) -> None:
+            ok = await saved.park(event, effect.reason, effect.attempts)
+            self.give(p.ParkSaved(effect.key, event.stream, event.number, ok))
+
+        self._spawn(park(saved))
+
+    def _drop_parked(self, effect: p.DropParked) -> None:
+        saved = self.saved.get(effect.key)
+        if saved is not None:
+            saved.drop_parked(effect.stream, effect.number)
+
+    def _tell(self, key: Key, problem: str | None) -> None:
+        for waiting in self.on_started.pop(key, ()):
+            waiting(problem)
+
+    def _refused(self, effect: p.Refused) -> None:
+        if effect.subscriber is not None:
+            self._forget(effect.key, effect.subscriber)
+        self._tell(effect.key, effect.reason)
+
+    def _stopped(self, effect: p.Stopped) -> None:
+        log.warning(
+            "subscription_stopped",
+            store=str(self.store),
+            subscription=str(effect.key),
+            stream=effect.stream,
+            number=effect.number,
+        )
+
+    def _ended(self, effect: p.Ended) -> None:
+        for subscriber in self.subscribers(effect.key):
+            self._forget(effect.key, subscriber)
+        self._tell(effect.key, "the subscriber has ended")
+        self.on_ended(effect.key)

@@ -1,0 +1,267 @@
+"""Subscriptions through a running gateway with an embedded store: kinds, replay, acknowledgement, resumption."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway_kit import STORE, Ask, caller_node, function_door, gateway, tell_server
+from node_kit import wait_until
+
+from gater.api import schema
+from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent
+from gater.erl.node import Node
+from gater.erl.process import CallbackReceiver, Process
+from gater.erl.terms import Atom, Pid, Term
+from gater.system import System
+
+OK = schema.OK
+ERROR = schema.ERROR
+
+
+@dataclass
+class Subscriber:
+    """A process that keeps the events it gets."""
+
+    process: Process
+    events: list[Any] = field(default_factory=list)
+
+    @property
+    def pid(self) -> Pid:
+        return self.process.pid
+
+    @property
+    def seen(self) -> list[tuple[bytes, int]]:
+        return [(event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER]) for event in self.events]
+
+    async def has(self, count: int) -> None:
+        await wait_until(lambda: len(self.events) >= count, f"{count} events, has {len(self.events)}")
+
+    def die(self) -> None:
+        self.process.exit(Atom("killed"))
+
+
+def subscriber(node: Node) -> Subscriber:
+    events: list[Any] = []
+
+    def handle(message: Term) -> None:
+        assert message[0] is Atom("events")
+        events.extend(message[1])
+
+    return Subscriber(node.spawn_receiver(CallbackReceiver(handle)), events)
+
+
+@dataclass
+class House:
+    system: System
+    caller: Node
+    ask: Ask
+
+    async def append(self, stream: bytes, *types: str, data: Term = None) -> None:
+        events = [NewEvent(kind, {} if data is None else data).to_term() for kind in types]
+        reply = await self.ask("append_events", STORE, stream, events)
+        assert reply[0] is OK
+
+    async def subscribe(self, who: Subscriber, kind: Atom, selector: Term, name: bytes, **options: Any) -> Term:
+        given = {Atom(key): value for key, value in options.items()} | {Atom("subscriber"): who.pid}
+        return await self.ask("subscribe", STORE, kind, selector, name, given)
+
+
+@asynccontextmanager
+async def open_house(directory: Path, **settings: Any) -> AsyncIterator[House]:
+    async with (
+        gateway(embedded=directory / "store", **settings) as system,
+        caller_node(system.settings.epmd_port) as caller,
+    ):
+        yield House(system, caller, function_door(caller, system))
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with open_house(tmp_path) as opened:
+        yield opened
+
+
+async def test_one_line_of_the_original_gives_what_was_and_what_comes(house: House) -> None:
+    await house.append(b"a", "x", "y")
+    me = subscriber(house.caller)
+    assert await house.ask("save_subscription", STORE, BY_STREAM, b"$a", b"mine", 0, me.pid) is OK
+    await me.has(2)
+    await house.append(b"b", "z")
+    await house.append(b"a", "z")
+    await me.has(3)
+    assert me.seen == [(b"a", 0), (b"a", 1), (b"a", 2)]
+    _, saved = await house.ask("get_subscriptions", STORE)
+    assert b"mine" in [each[Atom("subscription_name")] for each in saved.values()]
+
+
+@pytest.mark.parametrize("name", [b"transient", b"kept"])
+@pytest.mark.parametrize(
+    ("kind", "selector", "wanted"),
+    [
+        (BY_STREAM, b"$all", [(b"a", 0), (b"b", 0), (b"a", 1), (b"b", 1)]),
+        (BY_STREAM, b"$b", [(b"b", 0), (b"b", 1)]),
+        (BY_EVENT_TYPE, b"paid", [(b"a", 0), (b"a", 1)]),
+        (BY_EVENT_PATTERN, {Atom("event_type"): b"sent"}, [(b"b", 0), (b"b", 1)]),
+        (BY_EVENT_PAYLOAD, {Atom("to"): {b"city": b"Ulm"}}, [(b"b", 0), (b"b", 1)]),
+    ],
+)
+async def test_every_kind_replays_and_goes_on_live(
+    house: House, kind: Atom, selector: Term, wanted: list[tuple[bytes, int]], name: bytes
+) -> None:
+    me = subscriber(house.caller)
+    for turn in range(2):
+        await house.append(b"a", "paid", data={Atom("to"): {b"city": b"Bonn"}})
+        await house.append(b"b", "sent", data={Atom("to"): {b"city": b"Ulm", b"zip": 89073}})
+        if turn == 0:
+            assert await house.subscribe(me, kind, selector, name, auto_ack=True) == (OK, name)
+            await me.has(len(wanted) // 2)
+    await me.has(len(wanted))
+    assert me.seen == wanted
+
+
+async def test_nothing_is_missed_or_doubled_between_replay_and_live(house: House) -> None:
+    for _ in range(20):
+        await house.append(b"s", *["e"] * 50)
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", auto_ack=True, batch_size=10))[0] is OK
+    for _ in range(20):
+        await house.append(b"s", *["e"] * 5)
+    await me.has(1100)
+    assert me.seen == [(b"s", number) for number in range(1100)]
+
+
+async def test_from_now_on_and_from_a_version(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    now, later = subscriber(house.caller), subscriber(house.caller)
+    assert (await house.subscribe(now, BY_STREAM, b"$s", b"now", start_from=Atom("now")))[0] is OK
+    assert (await house.subscribe(later, BY_STREAM, b"$s", b"later", start_from=2))[0] is OK
+    await house.append(b"s", "d")
+    await now.has(1)
+    await later.has(2)
+    assert now.seen == [(b"s", 3)]
+    assert later.seen == [(b"s", 2), (b"s", 3)]
+
+
+async def test_who_died_comes_back_under_the_same_name_and_goes_on_where_it_stopped(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    first = subscriber(house.caller)
+    assert (await house.subscribe(first, BY_STREAM, b"$s", b"p"))[0] is OK
+    await first.has(3)
+    for event in first.events[:2]:
+        assert await house.ask("ack_event", STORE, b"p", first.pid, event) is OK
+    first.die()
+    await house.append(b"s", "d")
+    second = subscriber(house.caller)
+    assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
+    await second.has(2)
+    assert second.seen == [(b"s", 2), (b"s", 3)]
+
+
+async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        await house.append(b"s", "a", "b")
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await me.has(2)
+        assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
+    async with open_house(tmp_path) as house:
+        await house.append(b"s", "c")
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await me.has(2)
+        assert me.seen == [(b"s", 1), (b"s", 2)]
+        other = await house.subscribe(me, BY_STREAM, b"$s", b"p")
+        assert other[0] is ERROR
+
+
+async def test_a_name_with_another_selector_is_refused_after_a_restart_too(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        assert (await house.subscribe(subscriber(house.caller), BY_STREAM, b"$all", b"p"))[0] is OK
+    async with open_house(tmp_path) as house:
+        error, reason = await house.subscribe(subscriber(house.caller), BY_EVENT_TYPE, b"x", b"p")
+        assert (error, reason[0]) == (ERROR, Atom("subscription_refused"))
+        assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$all", b"p") is OK
+
+        async def free() -> bool:
+            reply = await house.subscribe(subscriber(house.caller), BY_EVENT_TYPE, b"x", b"p")
+            return reply[0] is OK
+
+        await wait_until(free, "the name to be free")
+
+
+async def test_parked_events_are_listed_and_replayed(house: House) -> None:
+    await house.append(b"s", "a", "b")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
+    await me.has(2)
+    assert await house.ask("nack_event", STORE, b"p", me.pid, me.events[0], Atom("park")) is OK
+    assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[1]) is OK
+
+    async def parked() -> list[int]:
+        _, found = await house.ask("list_parked", STORE, b"p")
+        return [each[Atom("event")][schema.EVENT_NUMBER] for each in found]
+
+    async def is_parked() -> bool:
+        return await parked() == [0]
+
+    await wait_until(is_parked, "event 0 to be parked")
+    assert await house.ask("replay_parked", STORE, b"p") == (OK, 1)
+    await me.has(3)
+    assert me.seen[2] == (b"s", 0)
+    assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[2]) is OK
+
+    async def none_left() -> bool:
+        return await parked() == []
+
+    await wait_until(none_left, "no parked events")
+
+
+async def test_what_is_to_be_tried_again_comes_again_and_what_is_skipped_does_not(house: House) -> None:
+    await house.append(b"s", "a", "b")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
+    await me.has(2)
+    assert await house.ask("nack_event", STORE, b"p", me.pid, me.events[0], Atom("retry")) is OK
+    tell_server(house.caller, house.system, "nack_event", STORE, b"p", me.pid, me.events[1], Atom("skip"))
+    await me.has(3)
+    assert me.seen[2] == (b"s", 0)
+    _, status = await house.ask("subscription_status", STORE, b"p")
+    assert status[Atom("subscribers")] == 1
+
+
+async def test_a_subscriber_that_never_acknowledges_holds_up_nobody(house: House) -> None:
+    slow, quick = subscriber(house.caller), subscriber(house.caller)
+    assert (await house.subscribe(slow, BY_STREAM, b"$all", b"slow", window=10))[0] is OK
+    assert (await house.subscribe(quick, BY_STREAM, b"$all", b"quick", auto_ack=True))[0] is OK
+    for _ in range(10):
+        await house.append(b"s", *["e"] * 20)
+    await quick.has(200)
+    assert len(slow.events) == 10
+    assert quick.seen == [(b"s", number) for number in range(200)]
+
+
+async def test_a_transient_subscription_ends_with_its_subscriber(house: House) -> None:
+    me = subscriber(house.caller)
+    assert await house.ask("save_subscription", STORE, BY_STREAM, b"$s", b"transient", 0, me.pid) is OK
+    feed = house.system.subscriptions.feed(STORE)
+    assert len(feed.keys()) == 1
+    me.die()
+    await wait_until(lambda: not feed.keys(), "the subscription to end")
+    assert not feed._monitors
+
+
+async def test_requests_about_unknown_subscriptions_say_so(house: House) -> None:
+    nowhere = (ERROR, (Atom("subscription_not_found"), b"none"))
+    assert await house.ask("subscription_status", STORE, b"none") == nowhere
+    assert await house.ask("replay_parked", STORE, b"none") == nowhere
+    assert await house.ask("list_parked", STORE, b"none") == (OK, [])
+    for options in ({Atom("window"): b"x"}, {Atom("colour"): 1}, {Atom("subscriber"): 1}, 7):
+        error, (kind, _) = await house.ask("subscribe", STORE, BY_STREAM, b"$s", b"p", options)
+        assert (error, kind) == (ERROR, Atom("invalid_request"))
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", window=0))[0] is ERROR
