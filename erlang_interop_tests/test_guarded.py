@@ -160,6 +160,12 @@ async def repeating(beam: Beams) -> BeamNode:
     return node
 
 
+async def test_streams_may_have_more_events_than_their_names_have_digits(repeating: BeamNode) -> None:
+    assert await write(repeating, 999_999, event("a"), event("b")) == (WRITTEN, 1_000_000)
+    stored = await repeating.eval("for {name, record} <- :ets.tab2list(:stored), do: {name, record.event_number}")
+    assert sorted(stored) == [(b"1000000", 1_000_000), (b"999999", 999_999)]
+
+
 async def test_a_put_that_khepri_repeated_is_known_by_its_record(repeating: BeamNode) -> None:
     assert await write(repeating, 0, event("a"), event("b")) == (WRITTEN, 1)
     # Of another evaluation it is somebody else's.

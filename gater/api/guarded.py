@@ -22,7 +22,7 @@ from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, EncodedTerm, Term, TermMap
 
 SOURCE: Final = """
-Name = fun(Number) -> iolist_to_binary(io_lib:format("~6..0b", [Number])) end,
+Name = fun(Number) -> iolist_to_binary(string:pad(integer_to_list(Number), 6, leading, $0)) end,
 Path = fun(0) ->
                [streams, Stream, {if_all, [Name(0), {if_node_exists, false}]}];
           (Number) ->
@@ -69,7 +69,7 @@ Write = fun Write(Number, []) ->
                             {ok, Record} ->
                                 Write(Number + 1, Events);
                             {ok, Other} ->
-                                case Again andalso Timeless(Other) =:= Timeless(Record) of
+                                case Again andalso is_map(Other) andalso Timeless(Other) =:= Timeless(Record) of
                                     true -> Write(Number + 1, Events);
                                     false -> Refuse(refused, Number)
                                 end
