@@ -29,8 +29,11 @@ from gater.cluster.strategy import StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
 from gater.erl.gen_server import start_server
 from gater.erl.memory import keep_freed_memory
+from gater.erl.pg import Scope
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
+from gater.pubsub.adapter import PubSub
+from gater.pubsub.messages import SCOPE
 from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
 from gater.swarm.swarm import Swarm
@@ -106,7 +109,10 @@ class System:
         except BaseException:
             await self._close()
             raise
-        self.subscriptions.start()
+        # Gateways tell each other of appends by Phoenix.PubSub, and hear the stores' emitters.
+        groups = Scope(SCOPE)
+        await start_server(self.node, groups, name=SCOPE)
+        self.subscriptions.start(PubSub(self.node, groups))
         self.discovery.start()
         self.connector.start()
         self.monitor.start()

@@ -1,0 +1,152 @@
+"""Subscriptions of real Elixir processes: embedded store and store node, two gateways and the death of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erlang_interop_tests.beam import BeamNode, Beams, wait_until
+from erlang_interop_tests.gater_process import GaterProcess, gater_process
+from erlang_interop_tests.standin import StandInCluster, standin_cluster
+from gater.api.schema import NewEvent
+from gater.erl.terms import Atom, Term
+
+STORE = Atom("reg_gh")
+
+COLLECT = """
+collect = fn collect, seen ->
+  receive do
+    {:events, events} ->
+      for event <- events, ack != nil do
+        :ok = :erpc.call(ack, ExESDBGater.API, :ack_event, [:reg_gh, name, self(), event])
+      end
+      collect.(collect, seen ++ Enum.map(events, &{&1.event_stream_id, &1.event_number}))
+    {:seen, from} -> send(from, {:seen, seen}); collect.(collect, seen)
+    :die -> :ok
+  end
+end
+spawn(fn -> collect.(collect, []) end)
+"""
+
+
+@dataclass
+class Gate:
+    gaters: list[GaterProcess]
+    elixir: BeamNode
+    cluster: StandInCluster | None
+
+    async def api(self, op: str, *arguments: Term, gater: int = 0) -> Term:
+        return await self.elixir.eval(
+            ":erpc.call(node, ExESDBGater.API, op, arguments)",
+            node=self.gaters[gater].atom,
+            op=Atom(op),
+            arguments=list(arguments),
+        )
+
+    async def append(self, stream: bytes, count: int = 1, gater: int = 0) -> None:
+        events = [NewEvent("e", {}).to_term() for _ in range(count)]
+        reply = await self.api("append_events", STORE, stream, events, gater=gater)
+        assert reply[0] is Atom("ok"), reply
+
+    async def process(self, name: bytes = b"", ack: GaterProcess | None = None) -> Term:
+        return await self.elixir.eval(COLLECT, name=name, ack=None if ack is None else ack.atom)
+
+    async def seen(self, pid: Term) -> list[Any]:
+        found: list[Any] = await self.elixir.eval(
+            "send(pid, {:seen, self()}); receive do {:seen, seen} -> seen after 2000 -> [] end", pid=pid
+        )
+        return found
+
+    async def has(self, pid: Term, count: int, timeout_s: float = 10.0) -> list[Any]:
+        async def there() -> bool:
+            return len(await self.seen(pid)) >= count
+
+        await wait_until(there, timeout_s=timeout_s)
+        return await self.seen(pid)
+
+
+@pytest.fixture(params=["embedded", "store node"])
+async def gate(request: pytest.FixtureRequest, beam: Beams, tmp_path: Path) -> AsyncIterator[Gate]:
+    elixir = await beam.start("elixir")
+    options: dict[str, Any] = {"cookie": elixir.cookie, "epmd_port": await beam.epmd_port()}
+    if request.param == "embedded":
+        async with gater_process(embedded=tmp_path / "data", stores=[STORE.name], **options) as gater:
+            yield Gate([gater], elixir, None)
+        return
+    async with (
+        standin_cluster(beam, 1, stores=[STORE.name]) as cluster,
+        gater_process(connect=cluster.names, **options) as gater,
+    ):
+        yield await ready(Gate([gater], elixir, cluster))
+
+
+async def ready(gate: Gate) -> Gate:
+    for number in range(len(gate.gaters)):
+
+        async def known(number: int = number) -> bool:
+            return bool(await gate.api("gateway_worker_pids_for_store", STORE, gater=number))
+
+        await wait_until(known)
+    return gate
+
+
+async def test_one_line_subscribes_and_the_name_goes_on_after_a_death(gate: Gate) -> None:
+    await gate.append(b"s", 3)
+    first = await gate.process()
+    saved = await gate.api("save_subscription", STORE, Atom("by_stream"), b"$s", b"projector", 0, first)
+    assert saved is Atom("ok")
+    await gate.has(first, 3)
+    await gate.append(b"s", 2)
+    assert await gate.has(first, 5) == [(b"s", number) for number in range(5)]
+    await gate.elixir.eval("Process.exit(pid, :kill)", pid=first)
+    await gate.append(b"s", 2)
+    second = await gate.process()
+    saved = await gate.api("save_subscription", STORE, Atom("by_stream"), b"$s", b"projector", 0, second)
+    assert saved is Atom("ok")
+    assert await gate.has(second, 2) == [(b"s", 5), (b"s", 6)]
+
+
+async def test_what_is_appended_on_the_store_node_itself_is_delivered(gate: Gate) -> None:
+    if gate.cluster is None:
+        return
+    await gate.append(b"s", 1)
+    me = await gate.process()
+    assert await gate.api("save_subscription", STORE, Atom("by_stream"), b"$all", b"all", 0, me) is Atom("ok")
+    await gate.has(me, 1)
+    event = NewEvent("e", {}).to_term()
+    began = time.monotonic()
+    await gate.cluster.call((Atom("append_events"), STORE, b"direct", [event]))
+    assert await gate.has(me, 2) == [(b"s", 0), (b"direct", 0)]
+    assert time.monotonic() - began < 2.0
+
+
+async def test_another_gateway_takes_over_when_one_is_killed(beam: Beams) -> None:
+    elixir = await beam.start("elixir")
+    options: dict[str, Any] = {"cookie": elixir.cookie, "epmd_port": await beam.epmd_port()}
+    async with (
+        standin_cluster(beam, 1, stores=[STORE.name]) as cluster,
+        gater_process(connect=cluster.names, **options) as stays,
+        gater_process(connect=[*cluster.names, str(stays.atom)], **options) as goes,
+    ):
+        gate = await ready(Gate([goes, stays], elixir, cluster))
+        me = await gate.process(b"p", ack=stays)
+        reply = await gate.api("subscribe", STORE, Atom("by_stream"), b"$all", b"p", {Atom("subscriber"): me})
+        assert reply == (Atom("ok"), b"p")
+        await gate.append(b"s", 3, gater=1)
+        await gate.has(me, 3)
+
+        async def saved() -> bool:
+            found = await gate.api("subscription_status", STORE, b"p", gater=1)
+            return bool(found[0] is Atom("ok") and found[1][Atom("unsaved_streams")] == 0)
+
+        await wait_until(saved)
+        await goes.kill()
+        began = time.monotonic()
+        await gate.append(b"s", 2, gater=1)
+        assert await gate.has(me, 5) == [(b"s", number) for number in range(5)]
+        assert time.monotonic() - began < 5.0
