@@ -231,6 +231,7 @@ class Connection:
         "monitors",
         "on_settled",
         "peer",
+        "peer_flags",
         "protocol",
         "queued",
         "reader",
@@ -248,6 +249,8 @@ class Connection:
         self.creation = 0
         self.flags = 0
         """What both sides can do (`DistributionFlag`s); known once the connection is up."""
+        self.peer_flags = 0
+        """What the peer can do, whether or not this node can."""
         self.protocol: PeerProtocol | None = None
         """The stream that carries the connection or, while connecting, the one that we have opened."""
         self.inbound: PeerProtocol | None = None
@@ -484,12 +487,13 @@ class Connection:
         self._paused = False
         self.flush()
 
-    def take_over(self, protocol: PeerProtocol, flags: int, creation: int) -> None:
+    def take_over(self, protocol: PeerProtocol, done: Completed) -> None:
         """The handshake is done: this stream now carries the connection, and what waited is sent."""
         self.protocol = protocol
         self.inbound = None
-        self.flags = flags
-        self.creation = creation
+        self.flags = done.flags
+        self.peer_flags = done.peer_flags
+        self.creation = done.creation
         self.state = "up"
         if not self.flags & SEND_SENDER:
             self._op_send = control.OP_SEND

@@ -18,6 +18,7 @@ from types import CoroutineType, NoneType
 from typing import Any, Final, NamedTuple
 
 from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied, shown
+from gater.erl.handshake import DistributionFlag
 from gater.erl.node import Monitor, Node
 from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop
 from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
@@ -176,7 +177,9 @@ class ServerReceiver:
         name = kind.name if type(kind) is Atom else None
         match name:
             case "get_state":
-                reply = self.server.get_state()
+                state = self.server.get_state()
+                # Each release takes the shape of its own `sys` for granted, and fails on the other's.
+                reply = (OK, state) if self._asks_as_otp_28(caller) else state
             case "get_status":
                 reply = self._status()
             case "suspend":
@@ -186,8 +189,7 @@ class ServerReceiver:
                 self.suspended = False
                 kept, self._kept = self._kept, deque()
                 self.process.node.reply(caller, OK, self.process.pid)
-                for message in kept:
-                    self.process.deliver(message)
+                self.process.put_back(kept)
                 return
             case "terminate":
                 self.process.node.reply(caller, OK, self.process.pid)
@@ -199,6 +201,10 @@ class ServerReceiver:
             case _:
                 reply = (ERROR, (Atom("unknown_system_msg"), request))
         self.process.node.reply(caller, reply, self.process.pid)
+
+    def _asks_as_otp_28(self, caller: Caller) -> bool:
+        connection = self.process.node.peers.table.get(caller.pid.node)
+        return connection is not None and bool(connection.peer_flags & DistributionFlag.ALTACT_SIG)
 
     def _status(self) -> Term:
         """`{status, Pid, {module, Module}, [PDict, SysState, Parent, Debug, Misc]}`, as `sys.erl` builds it."""

@@ -300,7 +300,7 @@ class Peers:
             connection = Connection(self._node, peer)
             self.table[peer] = connection
         ours, attempt = connection.protocol, connection.attempt
-        connection.take_over(stream, done.flags, done.creation)
+        connection.take_over(stream, done)
         if ours is not None and ours is not stream:
             ours.fail("overtaken by a connection from the peer")
         if attempt is not None and stream is not ours:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
@@ -199,6 +199,11 @@ class Process:
         elif len(mailbox) > MAX_MAILBOX_MESSAGES:
             log.error("mailbox_limit", pid=str(self.pid), allowed=MAX_MAILBOX_MESSAGES)
             self.exit(MAILBOX_LIMIT)
+
+    def put_back(self, messages: Iterable[Term]) -> None:
+        """Have messages that were taken out of the mailbox handled before those that are in it."""
+        self._mailbox.extendleft(reversed(list(messages)))
+        self._go_on()
 
     def run(self, budget: int) -> int:
         """Handle up to `budget` messages; how many were handled. Called by the node only."""

@@ -1,0 +1,86 @@
+"""`sys` of real nodes on a GenServer in Python: state, status, suspend, resume, terminate, and what cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from erlang_interop_tests.beam import BeamError, BeamNode, Beams, wait_until
+from erlang_interop_tests.python_node import Server, python_node
+from gater.erl.gen_server import start_server
+from gater.erl.terms import Atom
+
+OK = Atom("ok")
+
+
+async def test_state_and_status_are_visible(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        server = Server()
+        await start_server(node, server, name="counter")
+        bindings = {"S": (Atom("counter"), node.name)}
+        # OTP 25 asks for the state as such, OTP 28 for {ok, State}.
+        assert await erl_node.eval("gen_server:cast(S, 7), sys:get_state(S)", **bindings) == 7
+        node.disconnect(erl_node.atom)
+        await node.connect(erl_node.atom)
+        assert await erl_node.eval("sys:get_state(S)", **bindings) == 7
+        status = await erl_node.eval("sys:get_status(S)", **bindings)
+        kind, pid, module, (dictionary, state, parent, debug, misc) = status
+        assert (kind, pid, module) == (Atom("status"), server.pid, (Atom("module"), Atom("gen_server")))
+        assert (dictionary, state, debug) == ([], Atom("running"), [])
+        assert parent == server.pid
+        # What appmon, observer and release tools pick out of it.
+        picked = """
+          {status, _, _, [_, SysState, _, _, Misc]} = sys:get_status(S),
+          [{header, _}, {data, Data}, {data, [{"State", State}]}] = Misc,
+          {SysState, [Name || {Name, _} <- Data], State}
+        """
+        names = [list(name) for name in (b"Status", b"Parent", b"Logged events")]
+        assert await erl_node.eval(picked, **bindings) == (Atom("running"), names, 7)
+        assert misc[0][0] is Atom("header")
+
+
+async def test_a_suspended_server_answers_when_it_is_resumed(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        await start_server(node, Server(), name="counter")
+        bindings = {"S": (Atom("counter"), node.name)}
+        assert await erl_node.eval("sys:suspend(S)", **bindings) is OK
+        timed_out = "try gen_server:call(S, count, 50) catch exit:{timeout, _} -> timeout end"
+        assert await erl_node.eval(timed_out, **bindings) is Atom("timeout")
+        assert await erl_node.eval("gen_server:cast(S, 2), sys:get_state(S)", **bindings) == 0
+        suspended = "{status, _, _, [_, State | _]} = sys:get_status(S), State"
+        assert await erl_node.eval(suspended, **bindings) is Atom("suspended")
+        pending = asyncio.create_task(erl_node.eval("gen_server:call(S, count)", **bindings))
+        assert await erl_node.eval("sys:resume(S)", **bindings) is OK
+        assert await pending == 2
+
+
+async def test_terminate_ends_it_with_the_reason_given(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        await start_server(node, Server(), name="counter")
+        ended = """
+          R = monitor(process, S), ok = sys:suspend(S), ok = sys:terminate(S, shutdown),
+          receive {'DOWN', R, _, _, Reason} -> Reason end
+        """
+        assert await erl_node.eval(ended, S=(Atom("counter"), node.name)) is Atom("shutdown")
+        await wait_until(lambda: node.whereis("counter") is None)
+
+
+async def test_the_state_cannot_be_replaced_by_an_erlang_function(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        await start_server(node, Server(), name="counter")
+        with pytest.raises(BeamError) as failed:
+            await erl_node.eval("sys:replace_state(S, fun(X) -> X + 1 end)", S=(Atom("counter"), node.name))
+        callback = (Atom("gen_server"), Atom("system_replace_state"))
+        assert failed.value.reason == (Atom("callback_failed"), callback, (Atom("error"), Atom("notsup")))
+        assert await erl_node.eval("sys:get_state(S)", S=(Atom("counter"), node.name)) == 0
+
+
+async def test_what_sys_asks_besides_is_refused_and_the_server_lives(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        await start_server(node, Server(), name="counter")
+        bindings = {"S": (Atom("counter"), node.name)}
+        for request in ("sys:trace(S, true)", "sys:statistics(S, get)", "sys:change_code(S, m, 1, [])"):
+            with pytest.raises(BeamError):
+                await erl_node.eval(f"case {request} of {{error, R}} -> error(R); Other -> Other end", **bindings)
+        assert await erl_node.eval("sys:get_state(S)", **bindings) == 0
