@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 
 import pytest
 
-from erlang_interop_tests.beam import LOOPBACK, Beams, Epmd, wait_until
-from gater.erl.epmd import BuiltinEpmd, NameTaken, lookup, names, register
+from erlang_interop_tests.beam import LOOPBACK, BeamNode, Beams, Epmd, free_port, unique_name, wait_until
+from gater.erl import Node, NodeOptions, make_node
+from gater.erl.epmd import BuiltinEpmd, EpmdUnavailable, NameTaken, lookup, names, register
 from gater.erl.epmd_protocol import NODE_HIDDEN, NODE_NORMAL, NodeEntry
 from gater.erl.terms import Atom
 
@@ -139,3 +141,84 @@ async def test_a_taken_name_stops_an_erlang_node(builtin: BuiltinEpmd, beam: Bea
     with pytest.raises(AssertionError, match=r"duplicate_name|seems to be in use"):
         await beam.start("erlang", name=f"taken@{LOOPBACK}")
     registration.close()
+
+
+async def printed(program: str, port: int, *arguments: str) -> str:
+    """What `erl` or `elixir`, started as people start it, has printed when it ends."""
+    process = await asyncio.create_subprocess_exec(
+        *(program, *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": os.environ.get("HOME", "/"),
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(port),
+            "ERL_EPMD_ADDRESS": LOOPBACK,
+        },
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), 3 * PROGRAM_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return output.decode()
+
+
+async def test_erl_and_elixir_as_people_start_them_are_content_with_our_server() -> None:
+    options = NodeOptions(epmd_port=free_port())
+    async with make_node(unique_name("py"), cookie="secret", options=options) as node:
+        evaluated = f"io:format(\"~p~n\", [net_adm:ping('{node.name}')]), halt()."
+        erl = ["-noshell", "-name", unique_name("erl"), "-setcookie", "secret", "-eval", evaluated]
+        assert await printed("erl", options.epmd_port, *erl) == "pong\n"
+        elixir = ["--name", unique_name("ex"), "--cookie", "secret", "-e", f'IO.inspect Node.ping(:"{node.name}")']
+        assert await printed("elixir", options.epmd_port, *elixir) == ":pong\n"
+        await wait_until(lambda: _only(node, options.epmd_port))
+
+
+async def _only(node: Node, port: int) -> bool:
+    return set(await names(LOOPBACK, epmd_port=port)) == {str(node.name).partition("@")[0]}
+
+
+async def test_the_next_node_serves_when_the_one_with_the_epmd_ends(beam: Beams) -> None:
+    options = NodeOptions(epmd_port=free_port())
+    await beam.use_epmd_port(options.epmd_port)
+    first = make_node(unique_name("first"), cookie=beam.cookie, options=options)
+    await first.start()
+    async with make_node(unique_name("second"), cookie=beam.cookie, options=options) as second:
+        creation = second.creation
+        peer = await beam.start("erlang")
+        assert await peer.eval("net_adm:ping(N)", N=second.name) is Atom("pong")
+        await first.stop()
+        expected = {str(name).partition("@")[0] for name in (second.name, peer.name)}
+        await wait_until(lambda: _registered(options.epmd_port, expected), 20.0, what=f"{expected} registered again")
+        assert second.creation == creation
+        second.disconnect(peer.atom)
+        assert await wait_until(lambda: _pings(peer, second)) is True
+
+
+async def _registered(port: int, expected: set[str]) -> bool:
+    try:
+        return set(await names(LOOPBACK, epmd_port=port)) == expected
+    except EpmdUnavailable:
+        return False
+
+
+async def _pings(peer: BeamNode, node: Node) -> bool:
+    return await peer.eval("net_adm:ping(N)", N=node.name) is Atom("pong")
+
+
+async def test_a_node_uses_the_real_epmd_while_there_is_one(epmd: Epmd) -> None:
+    options = NodeOptions(epmd_port=epmd.port)
+    async with make_node(unique_name("py"), cookie="secret", options=options) as node:
+        short = str(node.name).partition("@")[0]
+        assert set(await epmd.names()) == {short}
+        _, listed = await run_epmd(epmd.port, "-names")
+        assert f"name {short} at port {node.listen_port}" in listed
+        # It ends: the node has to serve for itself.
+        await epmd.stop()
+        await wait_until(lambda: _registered(epmd.port, {short}), 10.0, what="the node registered at its own EPMD")
+        _, refused = await run_epmd(epmd.port, "-kill")
+        assert "Killing not allowed" in refused

@@ -13,6 +13,7 @@ from gater.erl import Node, NodeOptions
 from gater.erl.errors import CallTimeout, ConnectionLost, EncodeError, NoProcess, ProcessDied
 from gater.erl.gen_server import (
     GEN_CALL,
+    GEN_CAST,
     OK,
     SYSTEM,
     GenServer,
@@ -288,6 +289,23 @@ async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Coun
     assert (await sys_request(Atom("nonsense")))[0] is Atom("error")
     assert await sys_request((Atom("terminate"), SHUTDOWN)) is OK
     await wait_until(lambda: server.ended_with is SHUTDOWN)
+
+
+async def test_what_came_while_suspended_is_handled_before_what_came_since() -> None:
+    class Noting(Counter):
+        def handle_cast(self, message: Term) -> None:
+            self.infos.append(message)
+
+    async with running(unique_name()) as (one,):
+        server = Noting()
+        await start_server(one, server)
+        from_me = (one.client.pid, one.make_reference())
+        for message in ((SYSTEM, from_me, Atom("suspend")), (GEN_CAST, 1), (GEN_CAST, 2)):
+            server.process.deliver(message)
+        for message in ((SYSTEM, from_me, Atom("resume")), (GEN_CAST, 3)):
+            server.process.deliver(message)
+        await wait_until(lambda: len(server.infos) == 3)
+        assert server.infos == [1, 2, 3]
 
 
 async def test_a_timer_of_a_server_is_an_info(server: Counter) -> None:
