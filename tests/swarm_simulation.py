@@ -176,6 +176,10 @@ class World:
 
     def transmit(self, here, there, arrive, *args):
         connection = self.connection(here, there)
+        if connection is None and self.nodes[here].original and self.random.random() < 0.5:
+            # A BEAM connects when it has something to send.
+            self.connect(here, there)
+            connection = self.connection(here, there)
         if connection is None:
             return
         arrival = max(self.now + self.delay(), connection.last_arrival[there])

@@ -690,6 +690,16 @@ def test_a_member_that_turns_out_to_be_a_gater_is_judged_as_one():
     assert bench.names() == {b"n": pid(A, 5)}
 
 
+def test_nobody_gives_way_to_a_node_that_is_down():
+    z = Atom("z@h")
+    bench = Bench().join(gaters=[A, z])
+    bench.ask(Track(b"n", pid(ME, 9), {}))
+    bench.told(z, Track(b"n", pid(z, 5), {}), events=9)
+    bench.give(NodeDown(z))
+    assert bench.names()[b"n"] == pid(ME, 9)
+    assert bench.of(Die) == []
+
+
 def test_a_newer_process_of_the_same_member_takes_the_place_of_the_older():
     bench = Bench().join(A)
     bench.told(A, Track(b"n", pid(A, 5), {}))

@@ -122,6 +122,7 @@ from gater.swarm.registry import (
     without_property,
 )
 from gater.swarm.ring import HashRing, Strategy
+from gater.swarm.snapshots import IncomingList
 
 SYNC_NODES_TIMEOUT_S: Final = 5.0
 """How long to wait in `cluster_wait` (Swarm's `sync_nodes_timeout`)."""
@@ -152,8 +153,8 @@ VERIFY_AFTER_S: Final = 2.0
 RESYNC_SPACING_S: Final = 5.0
 """Rumours make us ask one member at most this often: an answer is its whole registry."""
 
-MERGE_CHUNK: Final = 500
-"""How many entries to merge before other work gets its turn: some 5 ms."""
+MERGE_CHUNK: Final = 100
+"""How many entries to decode, merge and monitor before other work gets its turn: some 5 ms."""
 
 MAX_NAMES: Final = 5_000_000
 """The largest registry: 2 GB of ours. Members can name anything, so without a limit they could fill our memory."""
@@ -237,7 +238,7 @@ class _Merge:
 
     node: Atom
     message: SyncRecv | SyncAck
-    entries: list[Term]
+    entries: list[Term] | IncomingList
     """What is left of it, the next one last: taken out one by one, for freeing 10^5 terms at once is a pause too."""
     started: float
     ours: bool
@@ -665,8 +666,12 @@ class Tracker:
             self._awaiting[node] = float("inf")
         # What makes us want its registry again while we merge this one is not settled by it.
         self._members[node].sync_due = None
-        entries = list(message.entries)
-        entries.reverse()
+        entries: list[Term] | IncomingList
+        if isinstance(message.entries, IncomingList):
+            entries = message.entries
+        else:
+            entries = list(message.entries)
+            entries.reverse()
         self._add_job(_Merge(node, replace(message, entries=()), entries, self._now, ours))
 
     def _work(self) -> None:
@@ -682,8 +687,7 @@ class Tracker:
                     self._jobs[0] = _Purge(job.node, self._claims.pids_on_node(job.node), merged=job)
             else:
                 while job.pids and budget > 0:
-                    self._purge(job, job.pids.pop())
-                    budget -= 1
+                    budget -= max(1, self._purge(job, job.pids.pop()))
                 if not job.pids:
                     budget -= 1
                     self._jobs.popleft()
@@ -701,13 +705,16 @@ class Tracker:
                 self._held[node].extend(held)
                 return
 
-    def _purge(self, job: _Purge, pid: Pid) -> None:
-        for entry in self._claims.of_pid(pid):
+    def _purge(self, job: _Purge, pid: Pid) -> int:
+        """Drop what is to be dropped of a process; how many names that was about."""
+        entries = self._claims.of_pid(pid)
+        for entry in entries:
             if job.merged is not None:
                 if not self._is_listed(job.merged, entry):
                     self._drop(entry.name, pid)
             elif self._drop(entry.name, pid) is not None and messages.MFA in entry.meta:
                 self.placement.lost(entry)
+        return len(entries)
 
     def _is_listed(self, job: _Merge, entry: Entry) -> bool:
         """Does the registry we have merged list this entry, or can it be too young for that?"""
@@ -761,10 +768,8 @@ class Tracker:
                 self._update(known, entry.meta, itc.join(known.clock, entry.clock))
             elif order == "gt":
                 if not same_meta(known.meta, entry.meta):
-                    # It missed what we know: a change that we, or somebody we heard, made to its process.
-                    self._send(
-                        (node,), ReplicaEvent(self.pid, itc.peek(known.clock), UpdateMeta(known.meta, known.pid))
-                    )
+                    # It missed what we know, a change made to its process by somebody else; so may others have.
+                    self._broadcast(known.clock, Track(known.name, known.pid, known.meta))
             else:
                 self._merge_meta(known, entry.meta, entry.clock)
         self._contest(entry.name)
@@ -785,14 +790,14 @@ class Tracker:
         """Two changes to one registration that did not know of each other: both count, and everybody hears."""
         both = self._event(itc.join(known.clock, clock))
         changed = self._update(known, merged_meta(known.meta, meta), both)
-        self._broadcast(both, UpdateMeta(changed.meta, changed.pid))
+        self._broadcast(both, Track(changed.name, changed.pid, changed.meta))
 
     def _merged(self, job: _Merge) -> None:
         node, message = job.node, job.message
         member = self._members[node]
         doubts, member.doubts = member.doubts, set()
         for pid in doubts:
-            if not self._claims.of_pid(pid):
+            if not self._claims.has_pid(pid):
                 self._emit(Demonitor(pid))
         member.synced = True
         member.failures = 0
@@ -839,8 +844,7 @@ class Tracker:
                 if known is None:
                     self._claim(name, pid, meta, self._joined(clock))
                     return
-                if member.gater or itc.compare(clock, known.clock) != "lt":
-                    self._update(known, meta, itc.join(known.clock, clock))
+                self._hear_meta(member, known, meta, clock)
                 self._contest(name)
             case Untrack(pid):
                 member.doubts.discard(pid)
@@ -853,10 +857,19 @@ class Tracker:
                     self._ask_again(member)
             case UpdateMeta(meta, pid):
                 for entry in self._claims.of_pid(pid):
-                    if member.gater or itc.leq(entry.clock, clock):
-                        self._update(entry, meta, itc.join(entry.clock, clock))
-                    elif not itc.leq(clock, entry.clock):
-                        self._update(entry, merged_meta(entry.meta, meta), itc.join(entry.clock, clock))
+                    self._hear_meta(member, entry, meta, clock)
+
+    def _hear_meta(self, owner: _Member | None, entry: Entry, meta: Meta, clock: Clock) -> None:
+        """New properties for a process of another node. Of those that an original may not have agreed to, ask it."""
+        order = itc.compare(entry.clock, clock)
+        if owner is None or not owner.gater:
+            if order == "gt":
+                return
+            if order != "lt" and not same_meta(entry.meta, meta):
+                self._doubt(entry.pid)
+            if order == "concurrent":
+                meta = merged_meta(entry.meta, meta)
+        self._update(entry, meta, itc.join(entry.clock, clock))
 
     def _told_about_ours(self, member: _Member, clock: Clock, change: Change) -> None:
         """Somebody changed a registration of our process. We decide, and say so: others believe only us."""
@@ -900,14 +913,15 @@ class Tracker:
 
     def _rumoured(self, clock: Clock, change: Change) -> None:
         """Somebody changed a registration of somebody else's process (not of another gater's: that will say so)."""
+        owner = self._members.get(change.pid.node)
         match change:
             case Track(name, pid, meta):
                 known = self._claims.find(name, pid)
-                if known is None:
+                if known is not None:
+                    self._hear_meta(owner, known, meta, clock)
+                elif len(self.registry) < MAX_NAMES:
                     self._rumour(name, pid)
                     self._put(name, pid, meta, self._joined(clock))
-                elif itc.leq(known.clock, clock):
-                    self._update(known, meta, itc.join(known.clock, clock))
             case Untrack(pid):
                 entries = [entry for entry in self._claims.of_pid(pid) if itc.leq(entry.clock, clock)]
                 if entries:
@@ -915,10 +929,7 @@ class Tracker:
                     self._drop_all(entries)
             case UpdateMeta(meta, pid):
                 for entry in self._claims.of_pid(pid):
-                    if itc.leq(entry.clock, clock):
-                        self._update(entry, meta, itc.join(entry.clock, clock))
-                    elif not itc.leq(clock, entry.clock):
-                        self._update(entry, merged_meta(entry.meta, meta), itc.join(entry.clock, clock))
+                    self._hear_meta(owner, entry, meta, clock)
 
     # Rumours.
 
@@ -1028,7 +1039,11 @@ class Tracker:
             if other.pid.node is pid.node and other.pid != pid:
                 self._drop(name, other.pid)
         self._put(name, pid, meta, clock)
-        self._contest(name)
+        if not self._claims.peaceful:
+            for rival in self._claims.of_name(name)[1:]:
+                # An original that gives way tells only whom it knows, which need not be us yet.
+                self._doubt(rival.pid)
+            self._contest(name)
 
     def _contest(self, name: Term) -> None:
         """If a process of ours has this name too, one must go, or be said louder."""
@@ -1061,6 +1076,8 @@ class Tracker:
 
     def _better(self, one: Entry, other: Entry) -> bool:
         """Which of two claims to a name shows: the same on every member once it has heard the same."""
+        if self._is_gone(one.pid.node) != self._is_gone(other.pid.node):
+            return self._is_gone(other.pid.node)
         if self._is_rumour(one) != self._is_rumour(other):
             return self._is_rumour(other)
         here, there = one.pid.node, other.pid.node
@@ -1086,6 +1103,10 @@ class Tracker:
             return self.strategy.key_to_node(ours.name) is not original.pid.node
         return order != "gt"
 
+    def _is_gone(self, node: Atom) -> bool:
+        """Is this node down, and its names only not dropped yet?"""
+        return node is not self.node and node not in self._members and node not in self._plain_nodes
+
     def _is_gater(self, node: Atom) -> bool:
         member = self._members.get(node)
         return node is self.node if member is None else member.gater
@@ -1100,7 +1121,7 @@ class Tracker:
 
     def _monitor(self, pid: Pid) -> None:
         """Before the first claim of a process: ours, or of a member that may not tell its end."""
-        if (pid.node is self.node or not self._is_gater(pid.node)) and not self._claims.of_pid(pid):
+        if (pid.node is self.node or not self._is_gater(pid.node)) and not self._claims.has_pid(pid):
             self._emit(Monitor(pid))
 
     def _put(self, name: Term, pid: Pid, meta: Meta, clock: Clock) -> Entry:
@@ -1123,7 +1144,7 @@ class Tracker:
         member = self._members.get(pid.node)
         if member is not None and member.rumours:
             member.rumours.pop((name_key(name), pid), None)
-        if not self._claims.of_pid(pid) and (member is None or pid not in member.doubts):
+        if not self._claims.has_pid(pid) and (member is None or pid not in member.doubts):
             self._emit(Demonitor(pid))
         shown = self.registry.get(name)
         if shown is not None and shown.pid.node is self.node:
