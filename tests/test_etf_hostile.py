@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 
 import pytest
@@ -116,3 +117,19 @@ def test_small_maps_count_for_the_memory_they_take() -> None:
     assert count * 3 < etf.MAX_ELEMENTS
     with pytest.raises(LimitExceeded, match="MAX_ELEMENTS"):
         etf.decode_term(data, 0, etf.AtomTable())
+
+
+@pytest.mark.parametrize("cut", [0, 5])
+def test_the_garbage_collector_goes_on_after_a_large_term(cut: int) -> None:
+    data = etf.encode([[number] for number in range(100_000)])
+    assert gc.isenabled()
+    with contextlib.suppress(DecodeError):
+        etf.decode(data[: len(data) - cut])
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with contextlib.suppress(DecodeError):
+            etf.decode(data[: len(data) - cut])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
