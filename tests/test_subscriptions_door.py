@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_kit import STORE, Ask, caller_node, function_door, gateway, tell_server
-from node_kit import wait_until
+from gateway_kit import STORE, Ask, caller_node, connected, function_door, gateway, open_cluster, tell_server
+from node_kit import COOKIE, wait_until
 
+from gater import Gateway, RequestFailed
 from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent
+from gater.erl import NodeOptions
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
@@ -265,3 +267,80 @@ async def test_requests_about_unknown_subscriptions_say_so(house: House) -> None
         assert (error, kind) == (ERROR, Atom("invalid_request"))
     me = subscriber(house.caller)
     assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", window=0))[0] is ERROR
+
+
+# The Python client
+
+
+@asynccontextmanager
+async def python_client(*systems: System) -> AsyncIterator[Gateway]:
+    options = NodeOptions(epmd_port=systems[0].settings.epmd_port)
+    names = [system.settings.name for system in systems]
+    async with Gateway.connect(*names, cookie=COOKIE, options=options) as client:
+        yield client
+
+
+async def test_python_iterates_over_what_was_and_what_comes(house: House) -> None:
+    await house.append(b"s", "a", "b")
+    async with python_client(house.system) as client, client.subscribe(STORE.name, "$s") as events:
+        assert [(await anext(events)).event_number for _ in range(2)] == [0, 1]
+        await house.append(b"s", "c")
+        assert (await anext(events)).event_type == "c"
+
+
+async def test_python_goes_on_under_the_same_name(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    async with python_client(house.system) as client:
+        async with client.subscribe(STORE.name, "$s", name="p", auto_ack=False) as events:
+            first, second = await anext(events), await anext(events)
+            await events.ack(first)
+            await events.nack(second, "park")
+
+            async def parked() -> bool:
+                return [each.event_number for each in await client.list_parked(STORE.name, "p")] == [1]
+
+            await wait_until(parked, "event 1 to be parked")
+        async with client.subscribe(STORE.name, "$s", name="p") as events:
+            assert (await anext(events)).event_number == 2
+            assert await client.replay_parked(STORE.name, "p") == 1
+            assert (await anext(events)).event_number == 1
+            assert (await client.subscription_status(STORE.name, "p"))[Atom("subscribers")] == 1
+        with pytest.raises(RequestFailed, match="another type or selector"):
+            await anext(client.subscribe(STORE.name, "$other", name="p"))
+
+
+# Two gateways
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, orderly: bool) -> None:
+    async with (
+        open_cluster(tmp_path, khepri=True) as cluster,
+        gateway(cluster) as stays,
+        caller_node(cluster.epmd_port) as caller,
+        gateway(cluster, connect=(*cluster.names, stays.settings.name)) as goes,
+    ):
+        await connected(stays, cluster)
+        await connected(goes, cluster)
+        house = House(goes, caller, function_door(caller, goes))
+        other = House(stays, caller, function_door(caller, stays))
+        await wait_until(lambda: goes.node.name in stays.swarm.members_of_cluster, "gateways to meet")
+        me = subscriber(caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a", "b")
+        await me.has(2)
+        for event in me.events:
+            assert await other.ask("ack_event", STORE, b"p", me.pid, event) is OK
+
+        async def saved() -> bool:
+            _, status = await other.ask("subscription_status", STORE, b"p")
+            return status[Atom("node")] is goes.node.name and status[Atom("unsaved_streams")] == 0
+
+        await wait_until(saved, "the checkpoint")
+        if not orderly:
+            await goes.node.stop()
+        else:
+            await goes.subscriptions.stop()
+        await other.append(b"s", "c")
+        await me.has(3)
+        assert me.seen == [(b"s", 0), (b"s", 1), (b"s", 2)]

@@ -30,6 +30,7 @@ from gater.api.schema import (
     Subscription,
 )
 from gater.api.service import Service, decoded
+from gater.api.subscriptions.client import EventSubscription, gateway_call
 from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected
 from gater.erl.node import Node
@@ -184,6 +185,63 @@ class Gateway:
         """The subscriptions saved in a store."""
         saved = await self._ask(schema.store_request("get_subscriptions", Atom(store)))
         return [Subscription.from_term(each) for each in saved.values()]
+
+    def subscribe(
+        self,
+        store: str,
+        selector: str | Mapping[Term, Term] = "$all",
+        *,
+        type: str = "by_stream",
+        name: str | None = None,
+        start_from: int | Literal["now"] = 0,
+        auto_ack: bool = True,
+        window: int | None = None,
+        ack_timeout_s: float | None = None,
+        max_retries: int | None = None,
+        strategy: Literal["round_robin", "by_stream"] | None = None,
+    ) -> EventSubscription:
+        """Events as they come: those there from number `start_from` on, then those that are appended.
+
+        `type` is the kind of the selector (`by_stream`: `"$all"` or `"$"` and the stream, `by_event_type`,
+        `by_event_pattern`, `by_event_payload`). With a `name` the subscription is kept: it goes on where it stopped
+        when somebody subscribes under the same name again. An event is acknowledged when the next one is asked for;
+        with `auto_ack=False` when `ack` is called. Runs in a gateway this client is connected to.
+        """
+        given = {
+            "start_from": Atom("now") if start_from == "now" else start_from,
+            "window": window,
+            "ack_timeout_ms": None if ack_timeout_s is None else round(ack_timeout_s * 1000),
+            "max_retries": max_retries,
+            "strategy": None if strategy is None else Atom(strategy),
+        }
+        options: dict[Term, Term] = {Atom(key): value for key, value in given.items() if value is not None}
+        return EventSubscription(
+            self._service,
+            Atom(store),
+            Atom(type),
+            selector.encode() if isinstance(selector, str) else selector,
+            schema.TRANSIENT if name is None else name.encode(),
+            options,
+            auto_ack,
+        )
+
+    async def subscription_status(self, store: str, name: str) -> Mapping[Term, Term]:
+        """How a persistent subscription stands; a map with atoms as keys."""
+        found: Mapping[Term, Term] = await self._ask_gateway("subscription_status", store, name)
+        return found
+
+    async def list_parked(self, store: str, name: str) -> list[RecordedEvent]:
+        """The events that were put aside."""
+        parked = await self._ask_gateway("list_parked", store, name)
+        return [RecordedEvent.from_term(each[Atom("event")]) for each in parked]
+
+    async def replay_parked(self, store: str, name: str) -> int:
+        """Have the events that were put aside delivered again; how many there are."""
+        return int(await self._ask_gateway("replay_parked", store, name))
+
+    async def _ask_gateway(self, op: str, store: str, name: str) -> Any:
+        request = (Atom(op), Atom(store), name.encode())
+        return self._result(request, await gateway_call(self._service, request))
 
     # Snapshots
 

@@ -35,6 +35,8 @@ BY_EVENT_PAYLOAD: Final = Atom("by_event_payload")
 NACK_ACTIONS: Final = (Atom("retry"), Atom("skip"), Atom("park"), Atom("stop"))
 GATER_OPS: Final = frozenset({"subscribe", "subscription_status", "list_parked", "replay_parked", "nack_event"})
 """Requests that no store answers: they are about the subscriptions of the gateways."""
+TRANSIENT: Final = b"transient"
+"""The name of subscriptions that end with their subscriber."""
 SUBSCRIPTION_TYPES: Final = (BY_STREAM, BY_EVENT_TYPE, BY_EVENT_PATTERN, BY_EVENT_PAYLOAD)
 
 STRUCT: Final = Atom("__struct__")

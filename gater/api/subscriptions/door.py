@@ -50,7 +50,6 @@ STALE_S: Final = 2.0
 """How long a checkpoint that must be there is looked for: the member of the store that is asked may be behind."""
 
 EVENTS_SERVER: Final = "ex_esdb_events"
-TRANSIENT: Final = b"transient"
 
 _SUBSCRIBER: Final = Atom("subscriber")
 _SUBSCRIBERS: Final = Atom("subscribers")
@@ -294,7 +293,7 @@ class Subscriptions:
         _, store, name, subscriber, event = request.term[:5]
         about = (event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
         feed = self._feeds.get(store)
-        if name == TRANSIENT:
+        if name == schema.TRANSIENT:
             keys = [] if feed is None else [key for key in feed.keys_of(subscriber) if type(key) is tuple]
         else:
             keys = [name] if feed is not None and name in feed else []
@@ -317,7 +316,7 @@ class Subscriptions:
         subscriber = options.get(_SUBSCRIBER)
         if type(subscriber) is not Pid:
             raise _Refused(schema.invalid_request("subscribe: the options must name a subscriber, a pid"))
-        spec = _spec(kind, selector, options, persistent=name != TRANSIENT)
+        spec = _spec(kind, selector, options, persistent=name != schema.TRANSIENT)
         try:
             matcher = compile_selector(kind, selector)
         except SelectorError as problem:
@@ -326,7 +325,7 @@ class Subscriptions:
             raise _Refused(schema.DRAINING)
         if not self._service.is_embedded(store) and not self._service.router.is_known(store):
             raise _Refused(schema.store_not_found(store))
-        if name == TRANSIENT:
+        if name == schema.TRANSIENT:
             await self._join(store, (subscriber, *matcher.identity), spec, subscriber, None)
         else:
             await self._subscribe_persistent(store, name, spec, options, subscriber, passed_on)
@@ -568,7 +567,7 @@ class Subscriptions:
         except SelectorError:
             return
         feed = self._feeds.get(store)
-        if name == TRANSIENT:
+        if name == schema.TRANSIENT:
             for key in [] if feed is None else feed.keys():
                 if feed is not None and type(key) is tuple and key[1:] == identity:
                     feed.remove(key)

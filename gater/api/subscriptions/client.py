@@ -1,0 +1,217 @@
+"""A Python program's end of a subscription: `async for event in gateway.subscribe(...)`.
+
+The subscription runs in a gateway; here is a process of the client's node which gets its events and an iterator that
+hands them out. A window of unacknowledged events is all that ever waits here. When the gateway goes, a persistent
+subscription goes on by way of another one; a transient one ends, because nobody knows where it stood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeAlias
+
+from gater.api import schema
+from gater.api.router import Worker
+from gater.api.schema import RecordedEvent
+from gater.api.service import Service
+from gater.erl.errors import CallError
+from gater.erl.gen_server import call, cast
+from gater.erl.node import Monitor
+from gater.erl.process import SHUTDOWN, CallbackReceiver, Process
+from gater.erl.terms import Atom, Term
+from gater.errors import InvalidRequest
+from gater.pubsub.messages import parse_events
+
+Action: TypeAlias = Literal["retry", "skip", "park", "stop"]
+
+FIND_GATEWAY_S: Final = 10.0
+"""How long a gateway is looked for when a subscription starts, and when the one it had is gone."""
+
+TRY_AGAIN_S: Final = 0.1
+"""Between two looks."""
+
+CALL_TIMEOUT_S: Final = 5.0
+"""For a gateway's answer; it gives up itself a little earlier."""
+
+_SUBSCRIBE: Final = Atom("subscribe")
+
+
+class EventSubscription:
+    """Made by `Gateway.subscribe`. Iterate over it, or over what `async with` gives, which stops it at the end.
+
+    Raises in iteration what `Gateway` raises, when the subscription is refused or its gateway is gone for good.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        store: Atom,
+        kind: Atom,
+        selector: Term,
+        name: bytes,
+        options: dict[Term, Term],
+        acks: bool,
+    ) -> None:
+        self._service = service
+        self._request = (store, kind, selector, name)
+        self._options = options
+        self._acks = acks
+        """Whether asking for the next event acknowledges the one before."""
+        self._events: deque[Any] = deque()
+        self._arrived = asyncio.Event()
+        self._last: RecordedEvent | None = None
+        self._process: Process | None = None
+        self._gateway: Worker | None = None
+        self._monitor: Monitor | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._problem: Exception | None = None
+        self._stopped = False
+
+    # Iteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RecordedEvent:
+        await self.start()
+        if self._acks and self._last is not None:
+            await self.ack(self._last)
+        self._last = None
+        while not self._events:
+            if self._stopped:
+                raise StopAsyncIteration
+            if self._problem is not None:
+                raise self._problem
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._last = RecordedEvent.from_term(self._events.popleft())
+        return self._last
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # What can be done
+
+    async def start(self) -> None:
+        """Subscribe, if that has not been done. When this returns, whatever is appended from now on will come."""
+        if self._process is None and not self._stopped:
+            process = self._process = self._service.node.spawn_receiver(CallbackReceiver(self._received))
+            try:
+                await self._subscribe()
+            except BaseException:
+                self._process = None
+                process.exit(SHUTDOWN)
+                raise
+
+    async def ack(self, event: RecordedEvent) -> None:
+        """This event has been dealt with."""
+        self._tell("ack_event", event)
+
+    async def nack(self, event: RecordedEvent, action: Action = "retry") -> None:
+        """This event has not been dealt with: deliver it again, skip it, put it aside, or stop the subscription."""
+        if action not in ("retry", "skip", "park", "stop"):
+            raise InvalidRequest(f"nack: the action must be retry, skip, park or stop, got {action!r}")
+        if event is self._last:
+            self._last = None
+        self._tell("nack_event", event, Atom(action))
+
+    async def stop(self) -> None:
+        """End it here. A persistent one goes on, from the first event not acknowledged, for who comes back."""
+        self._stopped = True
+        self._events.clear()
+        self._arrived.set()
+        if self._moving is not None:
+            self._moving.cancel()
+        if self._monitor is not None:
+            self._service.node.demonitor(self._monitor)
+            self._monitor = None
+        if self._process is not None and self._process.alive:
+            self._process.exit(SHUTDOWN)
+
+    # The gateway
+
+    def _received(self, message: Term) -> None:
+        self._events.extend(parse_events(message) or ())
+        self._arrived.set()
+
+    def _tell(self, op: str, event: RecordedEvent, *more: Term) -> None:
+        store, _, _, name = self._request
+        gateway, process = self._gateway, self._process
+        if gateway is None or process is None:
+            return  # between two gateways: the event will come again
+        stream = event.event_stream_id
+        about = {
+            schema.EVENT_STREAM_ID: stream.encode() if isinstance(stream, str) else stream,
+            schema.EVENT_NUMBER: event.event_number,
+        }
+        cast(self._service.node, gateway.address, (Atom(op), store, name, process.pid, about, *more))
+
+    async def _subscribe(self) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + FIND_GATEWAY_S
+        store, kind, selector, name = self._request
+        process = self._process
+        assert process is not None
+        request = (_SUBSCRIBE, store, kind, selector, name, self._options | {Atom("subscriber"): process.pid})
+        while True:
+            gateway = await _find(self._service, until)
+            try:
+                reply = await call(self._service.node, gateway.address, request, timeout_s=CALL_TIMEOUT_S)
+            except CallError as error:
+                reply = schema.error(schema.worker_died(error.reason))
+                if loop.time() < until:
+                    await asyncio.sleep(TRY_AGAIN_S)
+                    continue
+            if reply[0] is not schema.OK:
+                raise schema.exception_for(reply[1], request)
+            self._gateway = gateway
+            self._monitor = self._service.node.monitor(gateway.address, self._gateway_down)
+            return
+
+    def _gateway_down(self, _: Monitor, reason: Term) -> None:
+        self._gateway = self._monitor = None
+        if self._stopped:
+            return
+        if self._request[3] == schema.TRANSIENT:
+            self._fail(schema.exception_for(schema.worker_died(reason), (_SUBSCRIBE, *self._request)))
+        else:
+            self._moving = asyncio.get_running_loop().create_task(self._move())
+
+    async def _move(self) -> None:
+        try:
+            await self._subscribe()
+        except Exception as problem:
+            self._fail(problem)
+
+    def _fail(self, problem: Exception) -> None:
+        self._problem = problem
+        self._arrived.set()
+
+
+async def gateway_call(service: Service, request: tuple[Term, ...]) -> tuple[Term, Term]:
+    """What a gateway answers."""
+    gateway = await _find(service, asyncio.get_running_loop().time() + CALL_TIMEOUT_S)
+    try:
+        reply: tuple[Term, Term] = await call(service.node, gateway.address, request, timeout_s=CALL_TIMEOUT_S)
+    except CallError as error:
+        return (schema.ERROR, schema.worker_died(error.reason))
+    return reply
+
+
+async def _find(service: Service, until: float) -> Worker:
+    """A gateway in sight."""
+    while True:
+        for worker in service.router:
+            if worker.store is None:
+                return worker
+        if asyncio.get_running_loop().time() >= until:
+            raise InvalidRequest("the client is connected to no gateway: name one in Gateway.connect")
+        await asyncio.sleep(TRY_AGAIN_S)
