@@ -33,11 +33,14 @@ async def started(source: str, language: str, epmd: Epmd, home: Path) -> AsyncIt
     command = ["sh", "-c", source]
     if language == "python":
         # Nothing in gater/erl reads the environment, so the port has to be written into the program.
-        told, count = re.subn(
-            r'(make_node\("py@127\.0\.0\.1", cookie="secret")\)',
-            rf"\1, options=__import__('gater.erl').erl.NodeOptions(epmd_port={epmd.port}))",
-            source,
-        )
+        if "NodeOptions(" in source:
+            told, count = re.subn(r"NodeOptions\(", f"NodeOptions(epmd_port={epmd.port}, ", source)
+        else:
+            told, count = re.subn(
+                r'(make_node\("py@127\.0\.0\.1", cookie="secret")\)',
+                rf"\1, options=__import__('gater.erl').erl.NodeOptions(epmd_port={epmd.port}))",
+                source,
+            )
         assert count == 1
         command = [sys.executable, "-c", told]
     process = await asyncio.create_subprocess_exec(
@@ -46,7 +49,7 @@ async def started(source: str, language: str, epmd: Epmd, home: Path) -> AsyncIt
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={"PATH": os.environ["PATH"], "HOME": str(home), "ERL_EPMD_PORT": str(epmd.port), "LANG": "C.UTF-8"},
-        cwd=ROOT,
+        cwd=home,
         start_new_session=True,
     )
     try:
@@ -117,3 +120,10 @@ async def test_python_sends_to_the_members_of_a_group(epmd: Epmd, tmp_path: Path
         assert await line(member) == "member is up"
         assert await printed(example("python", "Scope"), "python", epmd, tmp_path) == []
         assert await line(member) == '{:hello, :"py@127.0.0.1"}'
+
+
+async def test_nodes_speak_tls(epmd: Epmd, tmp_path: Path) -> None:
+    await printed(example("sh", "openssl req"), "sh", epmd, tmp_path)
+    async with started(example("sh", "inet_tls"), "sh", epmd, tmp_path) as elixir:
+        assert await line(elixir) == "tls is up"
+        assert await printed(example("python", "NodeTls"), "python", epmd, tmp_path) == ["tls@127.0.0.1"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import gater
+from gater import erl
 from gater.api import gateway, schema, server
 from gater.api.service import Service
 from gater.erl.exports import Exports
@@ -55,6 +56,13 @@ def test_limits_have_the_values_of_the_code(name: str) -> None:
     for module, limit, value, unit in rows:
         expected = int(value.replace(",", "")) * UNITS.get(unit, 1)
         assert getattr(importlib.import_module(f"gater.erl.{module}"), limit) == expected, limit
+
+
+def test_every_module_of_the_node_has_a_section() -> None:
+    headings = re.findall(r"^## (\w+)$", page("protocol.md"), re.MULTILINE)
+    modules = {path.stem for path in Path(erl.__file__).parent.glob("*.py")} - {"__init__"}
+    assert modules <= set(headings)
+    assert len(headings) == len(set(headings))
 
 
 def test_every_function_of_the_api_is_in_the_table_with_its_arities() -> None:
