@@ -257,6 +257,30 @@ async def test_a_transient_subscription_ends_with_its_subscriber(house: House) -
     assert not feed._monitors
 
 
+async def test_a_refused_request_leaves_the_subscriber_where_it_was(house: House) -> None:
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", auto_ack=True))[0] is OK
+    assert (await house.subscribe(me, BY_STREAM, b"$t", b"p", auto_ack=True))[0] is ERROR
+    await house.append(b"s", "a")
+    await me.has(1)
+    me.die()
+
+    async def alone() -> bool:
+        _, status = await house.ask("subscription_status", STORE, b"p")
+        return bool(status[Atom("subscribers")] == 0)
+
+    await wait_until(alone, "the subscriber to be gone")
+
+
+async def test_who_was_out_of_reach_goes_on_when_the_connection_is_back(house: House) -> None:
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", auto_ack=True))[0] is OK
+    house.caller.disconnect(house.system.node.name)
+    await house.append(b"s", "a", "b")
+    await me.has(2)
+    assert me.seen == [(b"s", 0), (b"s", 1)]
+
+
 async def test_requests_about_unknown_subscriptions_say_so(house: House) -> None:
     nowhere = (ERROR, (Atom("subscription_not_found"), b"none"))
     assert await house.ask("subscription_status", STORE, b"none") == nowhere

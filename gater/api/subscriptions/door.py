@@ -49,6 +49,9 @@ TRY_AGAIN_S: Final = 0.1
 STALE_S: Final = 2.0
 """How long a checkpoint that must be there is looked for: the member of the store that is asked may be behind."""
 
+GATER_API: Final = Atom("gater_api")
+"""First element of the names of gateways' API servers."""
+
 EVENTS_SERVER: Final = "ex_esdb_events"
 
 _SUBSCRIBER: Final = Atom("subscriber")
@@ -195,8 +198,17 @@ class Subscriptions:
         told, self._told = self._told, {}
         if self._pubsub is not None:
             server = self._pubsub[EVENTS_SERVER]
+            gateways = self._other_gateways()
             for (store, stream), version in told.items():
-                server.broadcast_elsewhere(appended_topic(store), appended_message(store, stream, version))
+                for node in gateways:
+                    server.direct_broadcast(node, appended_topic(store), appended_message(store, stream, version))
+
+    def _other_gateways(self) -> set[Atom]:
+        """The nodes with an API server: store nodes are members of the server too and have no use for this."""
+        if self._swarm is None:
+            return set()
+        found = {entry.pid.node for entry in self._swarm.registry.starting_with(GATER_API)}
+        return found & set(self._service.node.nodes())
 
     def _heard(self, _: bytes, message: Term) -> None:
         appended = parse_appended(message)

@@ -21,9 +21,15 @@ from gater.api.subscriptions.reads import StoreReads
 from gater.api.subscriptions.saved import SavedState, Snapshots
 from gater.erl.errors import ErlError
 from gater.erl.node import Monitor
-from gater.erl.process import described
+from gater.erl.process import NOCONNECTION, described
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.messages import events_message
+
+MISSED_S: Final = 300.0
+"""How long a subscriber whose node is out of reach is looked for; after that it has to subscribe again."""
+
+LOOK_AGAIN_S: Final = 1.0
+"""Between two attempts to reach that node."""
 
 MIN_TICK_S: Final = 0.001
 """A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
@@ -56,6 +62,9 @@ class StoreFeed:
         self._keys_of: dict[SubscriberId, set[Key]] = {}
         self._subscribers_of: dict[Key, dict[SubscriberId, None]] = {}
         self._busy: dict[Atom, set[Pid]] = {}
+        self._joining: tuple[Key, SubscriberId] | None = None
+        self._specs: dict[Key, p.Spec] = {}
+        """Of the persistent ones: what a subscriber joins again that was out of reach."""
         self._closed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             p.ReadPage: self._read_page,
@@ -149,18 +158,50 @@ class StoreFeed:
         self, key: Key, spec: p.Spec, subscriber: SubscriberId | None, positions: Mapping[bytes, int] | None
     ) -> None:
         """Start a subscription, or join it; `on_started` says how it went."""
-        if subscriber is not None:
+        known = key in self._feed
+        if subscriber is not None and subscriber not in self._subscribers_of.get(key, ()):
             self._keys_of.setdefault(subscriber, set()).add(key)
             self._subscribers_of.setdefault(key, {})[subscriber] = None
+            self._joining = (key, subscriber)
             if isinstance(subscriber, Pid) and subscriber not in self._monitors:
-                self._monitors[subscriber] = self._node.monitor(subscriber, lambda *_: self.down(subscriber))
-        known = key in self._feed
+                self._monitors[subscriber] = self._node.monitor(
+                    subscriber, lambda _, reason: self._pid_down(subscriber, reason)
+                )
+        if key not in self.saved:
+            self._specs.pop(key, None)
+        else:
+            self._specs.setdefault(key, spec)
         self.give(p.Subscribe(key, spec, subscriber, positions))
+        self._joining = None
         status = self._feed.status(key)
         if known and status is not None and status.state != "starting":
             if status.state == "stopped":
                 self.give(p.Resume(key))
             self._tell(key, None)
+
+    def _pid_down(self, subscriber: Pid, reason: Term) -> None:
+        kept = [key for key in self._keys_of.get(subscriber, ()) if key in self._specs]
+        self.down(subscriber)
+        if reason is NOCONNECTION and kept:
+            self._spawn(self._look_for(subscriber, kept))
+
+    async def _look_for(self, subscriber: Pid, keys: list[Key]) -> None:
+        """A subscriber of persistent subscriptions is out of reach: it joins again when its node is back.
+
+        Its monitor says if it is not alive any more, or gone again.
+        """
+        until = self._loop.time() + MISSED_S
+        while self._loop.time() < until:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            try:
+                await self._node.connect(subscriber.node)
+            except ErlError:
+                continue
+            for key in keys:
+                if key in self._feed and key in self._specs:
+                    self.subscribe(key, self._specs[key], subscriber, None)
+                    self.on_subscribers(key)
+            return
 
     def down(self, subscriber: SubscriberId, key: Key | None = None) -> None:
         """A subscriber has gone, from one subscription or from all."""
@@ -196,6 +237,7 @@ class StoreFeed:
         self._forget_all(key)
 
     def _forget_all(self, key: Key) -> None:
+        self._specs.pop(key, None)
         for subscriber in self.subscribers(key):
             self._forget(key, subscriber)
         self._tell(key, "the subscription has ended")
@@ -299,7 +341,8 @@ class StoreFeed:
             waiting(problem)
 
     def _refused(self, effect: p.Refused) -> None:
-        if effect.subscriber is not None:
+        # Who has joined before stays.
+        if effect.subscriber is not None and self._joining == (effect.key, effect.subscriber):
             self._forget(effect.key, effect.subscriber)
         self._tell(effect.key, effect.reason)
 
