@@ -505,7 +505,7 @@ def test_a_list_in_pieces_is_the_list() -> None:
         assert outgoing.encoded.data == etf.encode_term(each)
         if each:
             incoming = IncomingList(outgoing.encoded, etf.AtomTable(), pytest.fail)
-            assert [incoming[index] for index in range(len(incoming))] == each
+            assert list(incoming) == each
 
 
 @pytest.mark.parametrize("cut", range(6, 40))
@@ -517,8 +517,6 @@ def test_a_list_that_is_cut_off_says_so_once_and_ends(cut: int) -> None:
     except Exception as error:
         errors.append(error)
     else:
-        index = 0
-        while index < len(incoming):
-            incoming[index]
-            index += 1
+        while incoming:
+            incoming.pop()
     assert len(errors) == 1

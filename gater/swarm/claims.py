@@ -41,6 +41,10 @@ class Claims:
             return []
         return [shown, *self._waiting.get(name_key(name), {}).values()]
 
+    def has_pid(self, pid: Pid) -> bool:
+        """Whether `pid` has any claim."""
+        return self.registry.has_pid(pid) or pid in self._waiting_names
+
     def of_pid(self, pid: Pid) -> list[Entry]:
         """Every claim of `pid`."""
         shown = list(self.registry.by_pid(pid))

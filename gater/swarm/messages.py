@@ -8,9 +8,9 @@ Left to others: what a message means (`tracker.py`) and who carries it (`peer.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from gater.erl.errors import RemoteProtocolError, shown
 from gater.erl.terms import Atom, Pid, Term, TermMap
@@ -96,6 +96,14 @@ class Sync:
     clock: Clock
 
 
+class Entries(Protocol):
+    """The entries of a registry, which may be looked at once only."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Term]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SyncRecv:
     """`{sync_recv, Tracker, Clock, Registry}`: the answer to `sync`; the clock is the receiver's from now on.
@@ -106,7 +114,7 @@ class SyncRecv:
 
     sender: Pid
     clock: Clock
-    entries: Sequence[Term]
+    entries: Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +123,7 @@ class SyncAck:
 
     sender: Pid
     clock: Clock
-    entries: Sequence[Term]
+    entries: Entries
 
 
 @dataclass(frozen=True, slots=True)

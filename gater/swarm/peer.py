@@ -399,7 +399,9 @@ class TrackerPeer(GenServer):
         assert isinstance(pid, Pid)
         if self._monitors.get(pid) is monitor:
             del self._monitors[pid]
-        self.process.deliver(ProcessDown(pid, connection_lost=reason is NOCONNECTION))
+        if reason is not NOCONNECTION:
+            self.process.deliver(ProcessDown(pid))
+        # Otherwise `NodeDown` follows, which drops the names of all processes there, a piece at a time.
 
     def _demonitor(self, effect: Demonitor) -> None:
         monitor = self._monitors.pop(effect.pid, None)

@@ -139,6 +139,10 @@ class Registry:
         """Every entry, as it is now."""
         return list(self._by_name.values())
 
+    def has_pid(self, pid: Pid) -> bool:
+        """Whether `pid` has a name."""
+        return pid in self._by_node.get(pid.node, ())
+
     def by_pid(self, pid: Pid) -> tuple[Entry, ...]:
         """The entries of `pid`: one for each of its names."""
         pids = self._by_node.get(pid.node)

@@ -6,9 +6,9 @@ what goes out is encoded some entries at a time, so that other traffic has its t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
-from typing import Final, overload
+from typing import Final
 
 from gater.erl import etf
 from gater.erl.errors import ErlError, RemoteProtocolError
@@ -26,50 +26,54 @@ _LIST_HEAD_BYTES: Final = 5
 _END: Final = bytes((_NIL,))
 
 
-class IncomingList(Sequence[Term]):
-    """The elements of an encoded list, each decoded when it is asked for: once, and in order.
+class IncomingList:
+    """The elements of an encoded list, each decoded when it is taken.
 
     `on_bad(error)` is told when the bytes turn out to be no list; the elements end there, after one None.
     Raises `RemoteProtocolError` if they do not even begin as one.
     """
+
+    __slots__ = ("_atoms", "_data", "_left", "_on_bad", "_position")
 
     def __init__(self, encoded: EncodedTerm, atoms: etf.AtomTable, on_bad: Callable[[ErlError], object]) -> None:
         data = encoded.data
         self._data = data
         self._atoms = atoms
         self._on_bad = on_bad
-        self._count = 0
-        self._next = 0
+        self._left = 0
         self._position = _LIST_HEAD_BYTES
         if data == _END:
             return
         if data[0] != _LIST or len(data) < _LIST_HEAD_BYTES:
             raise RemoteProtocolError(f"expected a list, got a term with tag {data[0]}")
-        self._count = int.from_bytes(data[1:_LIST_HEAD_BYTES], "big")
-        if self._count > len(data) - _LIST_HEAD_BYTES:
-            raise RemoteProtocolError(f"{self._count} elements do not fit into {len(data)} bytes")
+        self._left = int.from_bytes(data[1:_LIST_HEAD_BYTES], "big")
+        if self._left > len(data) - _LIST_HEAD_BYTES:
+            raise RemoteProtocolError(f"{self._left} elements do not fit into {len(data)} bytes")
 
     def __len__(self) -> int:
-        return self._count
+        """How many elements have not been taken."""
+        return self._left
 
-    @overload
-    def __getitem__(self, index: int) -> Term: ...
+    def __iter__(self) -> Iterator[Term]:
+        """Take all that are left."""
+        while self._left:
+            yield self.pop()
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Term]: ...
-
-    def __getitem__(self, index: int | slice) -> Term:
-        if index != self._next or self._next >= self._count:
-            raise IndexError(f"the next element is number {self._next} of {self._count}, asked for {index!r}")
+    def pop(self) -> Term:
+        """Take the next element, the first one first. IndexError if none is left."""
+        if not self._left:
+            raise IndexError("all elements have been taken")
         try:
             term, self._position = etf.decode_term(self._data, self._position, self._atoms)
-            if self._next + 1 == self._count and self._data[self._position :] != _END:
+            if self._left == 1 and self._data[self._position :] != _END:
                 raise RemoteProtocolError("the list does not end where it should")
         except ErlError as error:
-            self._count = self._next
+            self._left = 0
             self._on_bad(error)
             return None
-        self._next += 1
+        self._left -= 1
+        if not self._left:
+            self._data = b""
         return term
 
 
