@@ -9,7 +9,7 @@ ARGS :=
 # One worker for each of the two cores the tests are made for; a file's tests stay together and share its nodes.
 PYTEST := -n 2 --dist loadfile
 
-.PHONY: help setup run test compile pure chaos bench lint format lock beam clean
+.PHONY: help setup run test compile pure chaos soak bench lint format lock beam clean
 
 help:
 	@echo "make setup   make $(VENV), so that $(BIN)/gater runs"
@@ -17,6 +17,7 @@ help:
 	@echo "make test    set up (also erlang and elixir) and run every test; TESTS=... for some"
 	@echo "make chaos   five minutes of appends while nodes are killed, frozen and cut off: is anything lost?"
 	@echo "make compile compile the codec, which doubles its speed (needs gcc and python3-dev); make pure undoes that"
+	@echo "make soak    ten minutes (SOAK_SECONDS) of calls, links and monitors while connections are cut: does anything stay?"
 	@echo "make bench   measure, side by side with others"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff put the sources in shape"
@@ -40,6 +41,10 @@ compile: $(VENV)/.stamp-test
 
 pure:
 	rm -f gater/erl/*.so
+
+SOAK_SECONDS := 600
+soak: $(VENV)/.stamp-test beam
+	$(BIN)/python -m erlang_interop_tests.soak --seconds $(SOAK_SECONDS) $(ARGS)
 
 bench: $(VENV)/.stamp-bench beam
 	$(BIN)/python -m bench $(ARGS)
