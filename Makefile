@@ -9,7 +9,7 @@ ARGS :=
 # One worker for each of the two cores the tests are made for; a file's tests stay together and share its nodes.
 PYTEST := -n 2 --dist loadfile
 
-.PHONY: help setup run test compile pure chaos soak bench lint format lock beam clean
+.PHONY: help setup run test compile pure chaos soak bench fuzz flat lint format lock beam clean
 
 help:
 	@echo "make setup   make $(VENV), so that $(BIN)/gater runs"
@@ -19,6 +19,7 @@ help:
 	@echo "make compile compile the codec, which doubles its speed (needs gcc and python3-dev); make pure undoes that"
 	@echo "make soak    ten minutes (SOAK_SECONDS) of calls, links and monitors while connections are cut: does anything stay?"
 	@echo "make bench   measure, side by side with others"
+	@echo "make fuzz    fuzz what reads bytes of a peer, FUZZ_SECONDS (600) in all; make flat measures time per byte"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff put the sources in shape"
 	@echo "make lock    pin the dependencies anew (needs uv)"
@@ -49,6 +50,13 @@ soak: $(VENV)/.stamp-test beam
 bench: $(VENV)/.stamp-bench beam
 	$(BIN)/python -m bench $(ARGS)
 
+FUZZ_SECONDS := 600
+fuzz: $(VENV)/.stamp-fuzz
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+flat: $(VENV)/.stamp-test
+	$(BIN)/python -m fuzz.flat $(ARGS)
+
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,11 +82,16 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-test requirements-bench.lock
 	.ci/setup bench
 	@touch $@
 
+$(VENV)/.stamp-fuzz: $(VENV)/.stamp-test requirements-fuzz.lock
+	.ci/setup fuzz
+	@touch $@
+
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock:
 	echo "setuptools>=77" | $(COMPILE) --only-binary :all: pyproject.toml - -o requirements.lock
 	echo "setuptools>=77" | $(COMPILE) --only-binary :all: --extra test --extra lint pyproject.toml - -o requirements-test.lock
 	$(COMPILE) --extra bench -c requirements-test.lock pyproject.toml -o requirements-bench.lock
+	$(COMPILE) --only-binary :all: --extra fuzz -c requirements-test.lock pyproject.toml -o requirements-fuzz.lock
 
 clean: pure
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
