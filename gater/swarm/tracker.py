@@ -150,6 +150,13 @@ MAX_SYNC_BACKOFF_S: Final = 300.0
 VERIFY_AFTER_S: Final = 2.0
 """How long a rumour may stay unconfirmed: longer than an event is on its way, short enough to be repaired unseen."""
 
+SAY_AGAIN_S: Final = (2.0, 80.0)
+"""When to tell originals our names again after a connection with one of them came or went: soon, and when whoever is at
+its other end must have noticed the loss (`net_ticktime` and a quarter: 75 s)."""
+
+SAY_AGAIN_NAMES: Final = 1_000
+"""How many of our names are told again one by one; with more, originals are asked to compare registries instead."""
+
 RESYNC_SPACING_S: Final = 5.0
 """Rumours make us ask one member at most this often: an answer is its whole registry."""
 
@@ -412,6 +419,8 @@ class Tracker:
                 self._anti_entropy()
             case "wake":
                 self._wake()
+            case "say_again" | "say_again_late":
+                self._say_again()
             case ("ensure_swarm_started_on_remote_node", Atom() as node):
                 if node in self._retries:
                     self._emit(AskApplications(node))
@@ -472,6 +481,8 @@ class Tracker:
         self._retries.pop(node, None)
         member = self._members[node] = _Member(is_gater, self._now)
         self.strategy.add_node(node)
+        if not is_gater and len(self._members) > 1:
+            self._emit(SetTimer("say_again", SAY_AGAIN_S[0]))
         self._contest_again()
         if self.state is not State.CLUSTER_WAIT:
             self.placement.topology_change()
@@ -493,6 +504,20 @@ class Tracker:
             if pending is not None:
                 self._answer(node, pending.sender, pending.clock)
 
+    def _say_again(self) -> None:
+        """An original that has lost us, and nobody else, tells the others that our processes are gone. They believe it
+        and we do not hear of it; what they still know they ignore."""
+        originals = [node for node in self._members if self._is_original(node)]
+        ours = self.registry.on_node(self.node)
+        if len(ours) > SAY_AGAIN_NAMES:
+            for node in originals:
+                self._ask_again(self._members[node])
+            return
+        for entry in ours:
+            self._send(
+                originals, ReplicaEvent(self.pid, itc.peek(entry.clock), Track(entry.name, entry.pid, entry.meta))
+            )
+
     def _not_yet(self, node: Atom) -> None:
         self._plain_nodes.add(node)
         attempts = self._retries.pop(node, 0)
@@ -509,6 +534,9 @@ class Tracker:
         self._held.pop(node, None)
         if self._sync_node is node:
             self._sync_node = self._sync_deadline = None
+        if self._is_original(node) and len(self._members) > 1:
+            self._emit(SetTimer("say_again", SAY_AGAIN_S[0]))
+            self._emit(SetTimer("say_again_late", SAY_AGAIN_S[1]))
         if self._members.pop(node, None) is not None:
             self._note("nodedown", node=node)
             self.strategy.remove_node(node)
