@@ -10,7 +10,8 @@ Every step has the outcomes that Erlang allows it (`ALLOWED`); at the end
 * nothing is left: processes, aliases, monitors, links, spawns, tasks are as many as before, on the BEAM nodes too.
   One exception is OTP's, and two BEAM nodes have it as well: a monitor that is given up while its connection is being
   made is set nonetheless and never taken back. It ends with the connection, so that is cut before the last count;
-* memory is flat: the resident size grew by less than `GROWTH` from the second fifth of the time to the last.
+* memory is flat: the resident size grew by less than `GROWTH` from the second fifth of the time to the last (not looked
+  at in runs shorter than `WARM_S`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ GROWTH: Final = 0.10
 """More than the allocator's noise, less than what 10 minutes of any leak per call amount to."""
 MAX_GIVEN_UP: Final = 2 * BEAM_PROCESSES
 """Monitors that BEAM processes give up during one connection's handshake."""
+WARM_S: Final = 60.0
+"""Shorter runs say nothing about memory: caches still fill up."""
 SAMPLE_S: Final = 0.5
 
 ALLOWED: Final[dict[str, tuple[str, str]]] = {
@@ -448,7 +451,7 @@ def _judge(run: Soak, faults: list[str], lasted_s: float, casts: int) -> Verdict
             faults.append(f"no {step} has ended with {usual}")
     fifth = max(1, len(run.sizes) // 5)
     early, late = (statistics.median(part) for part in (run.sizes[fifth : 2 * fifth] or run.sizes, run.sizes[-fifth:]))
-    if late > early * (1 + GROWTH):
+    if lasted_s >= WARM_S and late > early * (1 + GROWTH):
         faults.append(f"memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB")
     total = sum(run.outcomes.values())
     lines = [
