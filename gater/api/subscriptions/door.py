@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -39,6 +40,12 @@ SUBSCRIPTION: Final = Atom("gater_subscription")
 
 SUBSCRIBE_TIMEOUT_S: Final = 4.5
 """How long a caller waits until its subscription has started, at most; Elixir callers give up after 5 s."""
+
+MAX_REQUESTS: Final = 10_000
+"""Requests about subscriptions under way at once, as of the service; further ones are answered `:overloaded`."""
+
+GIVE_AWAY_S: Final = 3.0
+"""How long a gateway that stops waits for its last checkpoints to be saved; whoever takes over repeats the rest."""
 
 TAKE_OVER_S: Final = 60.0
 """How long a gateway tries to take over a subscription: its store may be choosing a new leader just then."""
@@ -230,6 +237,9 @@ class Subscriptions:
 
     def call(self, request: Request, on_reply: OnReply, *, passed_on: bool = False) -> None:
         """Carry out a call about subscriptions; `on_reply` is called once."""
+        if len(self._tasks) >= MAX_REQUESTS:
+            on_reply(schema.error(schema.OVERLOADED))
+            return
         self._spawn(self._answer(self._reply(request, passed_on), on_reply))
 
     @staticmethod
@@ -276,6 +286,9 @@ class Subscriptions:
         if request.op == "save_subscription":
             if type(term[6]) is not Pid:
                 return False
+            if len(self._tasks) >= MAX_REQUESTS:
+                on_taken(Rejected(schema.OVERLOADED))
+                return True
             options = {_START_FROM: term[5], _SUBSCRIBER: term[6], _AUTO_ACK: True}
             work = self._subscribe(term[1], term[2], term[3], term[4], options, False)
             self._spawn(
@@ -568,7 +581,9 @@ class Subscriptions:
         saved = feed.saved.get(owned.name)
         feed.release(owned.name)
         if saved is not None:
-            await saved.flushed()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GIVE_AWAY_S):
+                    await saved.flushed()
         self._unregister(owned)
         self._forget(owned)
 
