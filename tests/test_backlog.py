@@ -11,10 +11,11 @@ from test_node import RawPeer
 from gater.erl import Node, NodeOptions
 from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES
 from gater.erl.dist_header import FRAGMENT_BYTES
-from gater.erl.errors import CallTimeout
+from gater.erl.errors import CallTimeout, ErlangError
 from gater.erl.gen_server import call, start_server
 from gater.erl.handshake import OUR_FLAGS, Completed, Handshake, LocalIdentity, Send
 from gater.erl.process import DOWN, PROCESS
+from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, EncodedTerm, Pid
 
 LARGE = bytes(8 * 1024 * 1024)
@@ -158,6 +159,12 @@ async def test_a_call_to_a_peer_that_does_not_read_sends_nothing_and_times_out()
         with pytest.raises(CallTimeout, match="nothing was sent"):
             await call(node, peer.pid, SMALL, timeout_s=0.01)
         assert not node._aliases
+        with pytest.raises(ErlangError) as timed_out:
+            await erpc_call(node, peer.name, "erlang", "node", timeout_s=0.01)
+        assert timed_out.value.reason == (Atom("erpc"), Atom("timeout"))
+        connection = node.peers.table[peer.name]
+        assert not connection.spawns
+        assert not connection.monitors
         peer.writer.close()
 
 
