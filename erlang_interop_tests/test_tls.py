@@ -24,7 +24,7 @@ from gater.erl.terms import Atom
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A certificate for 127.0.0.1, its key, and the authority that signed it, as PEM files."""
+    """A certificate for a host, its key, and the authority that signed it, as PEM files."""
 
     certificate: str
     key: str
@@ -52,7 +52,7 @@ class Files:
         ]
 
 
-def make_files(directory: Path) -> Files:
+def make_files(directory: Path, host: str = "127.0.0.1") -> Files:
     directory.mkdir()
     now = datetime.datetime.now(datetime.UTC)
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
@@ -75,9 +75,9 @@ def make_files(directory: Path) -> Files:
         .sign(authority_key, hashes.SHA256())
     )
     certificate = (
-        begin(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")]), key.public_key())
+        begin(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)]), key.public_key())
         .add_extension(
-            x509.SubjectAlternativeName([x509.DNSName("127.0.0.1"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            x509.SubjectAlternativeName([x509.DNSName(host), x509.IPAddress(ipaddress.ip_address(host))]),
             critical=False,
         )
         .add_extension(
@@ -137,6 +137,27 @@ async def test_a_certificate_of_another_authority_is_refused_both_ways(
         assert await tls_node.eval("net_adm:ping(N)", N=node.name) is Atom("pang")
         with pytest.raises(ErlError):
             await node.connect(tls_node.atom)
+        assert node.nodes() == []
+
+
+async def test_a_beam_without_a_certificate_is_refused(beam: Beams, files: Files) -> None:
+    arguments = files.erl_arguments()
+    for option in ("client_certfile", "client_keyfile"):
+        at = arguments.index(option)
+        del arguments[at - 1 : at + 2]
+    peer = await beam.start("erlang", arguments=arguments)
+    async with await python(beam, files) as node:
+        assert await peer.eval("net_adm:ping(N)", N=node.name) is Atom("pang")
+        assert node.nodes() == []
+
+
+async def test_a_certificate_for_another_host_is_refused(beam: Beams, files: Files, tmp_path: Path) -> None:
+    elsewhere = make_files(tmp_path / "elsewhere", "127.0.0.2")
+    peer = await beam.start("erlang", arguments=elsewhere.erl_arguments())
+    known = Files(files.certificate, files.key, elsewhere.authority)
+    async with await python(beam, known) as node:
+        with pytest.raises(ErlError, match=r"127\.0\.0\.1"):
+            await node.connect(peer.atom)
         assert node.nodes() == []
 
 
