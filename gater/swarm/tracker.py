@@ -150,7 +150,7 @@ MAX_SYNC_BACKOFF_S: Final = 300.0
 VERIFY_AFTER_S: Final = 2.0
 """How long a rumour may stay unconfirmed: longer than an event is on its way, short enough to be repaired unseen."""
 
-SAY_AGAIN_S: Final = (2.0, 80.0)
+SAY_AGAIN_S: Final = (1.0, 80.0)
 """When to tell originals our names again after a connection with one of them came or went: soon, and when whoever is at
 its other end must have noticed the loss (`net_ticktime` and a quarter: 75 s)."""
 
