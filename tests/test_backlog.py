@@ -123,7 +123,7 @@ async def test_a_process_that_sends_to_a_peer_that_does_not_read_has_to_wait(hea
 
         class Sender(Collector):
             def receive(self, message: object) -> None:
-                self.process.send(peer.pid, bytes(200_000))
+                self.process.send(peer.pid, bytes(1_000_000))
                 sent.append(1)
 
         sender = Sender(one)
