@@ -20,6 +20,7 @@ from typing import Final
 
 from fuzz import corpus
 from fuzz.targets import TARGETS
+from gater.erl.etf import COMPILED
 
 WORK: Final = corpus.ROOT.parent / ".cache" / "fuzz"
 
@@ -32,8 +33,8 @@ MAX_RESIDENT_MB: Final = 1024
 SECONDS_PER_INPUT: Final = 20
 """libFuzzer takes an input that runs longer for a hang."""
 
-MAX_KEPT: Final = 160
-"""Inputs of a target that `--keep` adds at most, the shortest first; with all targets a few hundred kilobytes."""
+MAX_KEPT_TOTAL: Final = 24 * 1024
+"""Bytes of inputs of a target that `--keep` adds at most, the shortest first; twice that in hexadecimal."""
 
 
 def main() -> int:
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="in all, shared by the targets (600)")
     parser.add_argument("--keep", action="store_true", help="add what reaches new code to fuzz/corpus")
     arguments = parser.parse_args()
+    if COMPILED:
+        print("fuzz: the codec is compiled, so no input reaches new code in it; `make pure` undoes that", flush=True)
     names = arguments.targets or list(TARGETS)
     broken = [name for name in names if not _fuzz(name, arguments.seconds / len(names), arguments.keep)]
     print(f"fuzz: something was found in {', '.join(broken)}" if broken else "fuzz: nothing was found")
@@ -82,7 +85,10 @@ def _keep(name: str, work: Path, found: list[bytes]) -> None:
     shutil.rmtree(small, ignore_errors=True)
     small.mkdir()
     _run(name, "-merge=1", f"-max_len={corpus.MAX_KEPT_BYTES}", str(small), str(work))
-    chosen = sorted((path.read_bytes() for path in small.iterdir()), key=lambda data: (len(data), data))[:MAX_KEPT]
+    chosen: list[bytes] = []
+    for data in sorted((path.read_bytes() for path in small.iterdir()), key=lambda data: (len(data), data)):
+        if sum(map(len, chosen)) + len(data) <= MAX_KEPT_TOTAL:
+            chosen.append(data)
     added = corpus.keep(name, found, "broke something") + corpus.keep(
         name, chosen, "reaches what the ones above do not"
     )

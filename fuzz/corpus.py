@@ -18,6 +18,9 @@ from typing import Any, Final, get_args
 
 from fuzz import mutate
 from fuzz.targets import CHALLENGE, COOKIE, LOCAL, PEER, TARGETS, block
+from gater.cluster.gossip import GossipCodec
+from gater.erl import etf
+from gater.erl.dist_header import HeaderWriter
 from gater.erl.epmd_protocol import (
     Alive2Request,
     EpmdServer,
@@ -28,6 +31,7 @@ from gater.erl.epmd_protocol import (
     Request,
 )
 from gater.erl.handshake import AcceptStatus, Handshake, LocalIdentity, PeerNamed, Role, Send, StatusReceived
+from gater.erl.terms import Atom, Pid
 
 ROOT: Final = Path(__file__).resolve().parent
 CAPTURES: Final = ROOT.parent / "tests" / "captures"
@@ -77,11 +81,14 @@ def seeds(target: str) -> list[bytes]:
         "etf_alone": lambda: [*terms, *(b"\x83" + mutate.term(random) for _ in range(100))],
         "etf_inside": lambda: [term[1:] for term in terms if term[1] != 80] + [mutate.term(random) for _ in range(100)],
         "control": lambda: [mutate.control(b"", random) for _ in range(100)] + [term[1:] for term in terms],
-        "dist_header": lambda: [b"".join(block(mutate.header_frame(random)) for _ in range(4)) for _ in range(100)],
+        "dist_header": lambda: [
+            *_fragmented(terms, random),
+            *(b"".join(block(mutate.header_frame(random)) for _ in range(4)) for _ in range(100)),
+        ],
         "handshake": _handshakes,
         "epmd": lambda: [*_epmd(), *(b"".join(block(mutate.epmd_event(random)) for _ in range(8)) for _ in range(50))],
         "frames": lambda: [block(b"\0\0\0\3abc") + block(b"\0\0") + block(b"\0\0\0\0\0\0"), block(b"\0\1\0\1")],
-        "gossip": lambda: [bytes.fromhex(each["packet"]) for each in _json("gossip.json")["packets"]],
+        "gossip": _gossip,
     }[target]
     return [data for data in make() if len(data) <= MAX_KEPT_BYTES]
 
@@ -151,7 +158,35 @@ def _handshakes() -> list[bytes]:
             choice = 1 | number << 1 if role == "acceptor" else 2
             stream = b"".join(_said_by_peer(role, status))
             made += [bytes((choice, step)) + stream + b"\0\0\0\0" for step in (0, 1, 7)]
+    made.append(bytes((1 | 4 << 1, 0)) + _said_by_peer("acceptor", "ok")[0] + block(b"sfalse"))
+    made.append(bytes((1 | 4 << 1, 0)) + _said_by_peer("acceptor", "ok")[0] + bytes(3000))
     return made
+
+
+def _fragmented(terms: Iterable[bytes], random: Random) -> list[bytes]:
+    """Messages of one writer, whole and in fragments that are interleaved."""
+    messages = [etf.decode(data) for data in terms if len(data) < 300]
+    made = []
+    for _ in range(40):
+        writer = HeaderWriter()
+        rows: list[list[bytes]] = []
+        for sequence in range(random.randrange(1, 5)):
+            message = writer.message((2, Atom(""), Pid(Atom("a@b"), 1, 0, 1)), random.choice(messages))
+            frames = message.fragments(sequence, random.choice((10, 40, 400))) if sequence else [message.frame()]
+            rows.append([b"".join(pieces) for pieces in frames])
+        # The first frames have the headers and keep their order.
+        stream = [row.pop(0) for row in rows]
+        while rows := [row for row in rows if row]:
+            stream.append(random.choice(rows).pop(0))
+        made.append(b"".join(map(block, stream)))
+    return made
+
+
+def _gossip() -> list[bytes]:
+    """Packets, and rows of packets."""
+    packets = [bytes.fromhex(each["packet"]) for each in _json("gossip.json")["packets"]]
+    names = [GossipCodec(None).encode(f"node{number}@127.0.0.1") for number in range(40)]
+    return [*packets, b"".join(map(block, packets)), b"".join(map(block, names)), b"".join(map(block, names[:3] * 2))]
 
 
 def _epmd() -> list[bytes]:

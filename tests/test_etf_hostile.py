@@ -11,6 +11,7 @@ import pytest
 from gater.erl import etf
 from gater.erl.errors import DecodeError, LimitExceeded
 from gater.erl.terms import Atom, Pid, TermMap, exact_key
+from gater.swarm.ring import HashRing
 
 COLLIDING_STEP = 2**61 - 1
 """CPython's hash of an integer is its remainder by this."""
@@ -133,3 +134,35 @@ def test_the_garbage_collector_goes_on_after_a_large_term(cut: int) -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"F\x7f\xf0" + bytes(6),
+        b"F\xff\xf8" + bytes(6),
+        b"c" + b"nan".ljust(31, b"\0"),
+        b"c" + b"1.0e999".ljust(31, b"\0"),
+        b"M\0\0\0\1\0x",
+        b"M\0\0\0\1\x09x",
+        b"M\0\0\0\0\1",
+    ],
+)
+def test_what_is_passed_on_unread_is_checked_as_what_is_read(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        etf.decode_term(data, 0, etf.AtomTable())
+    with pytest.raises(DecodeError):
+        etf.skip_term(data, 0)
+    body = b"\0" + bytes(16) + bytes(4) + b"\0\0\0\1" + etf.encode_term(Atom("m")) + b"a\0a\0" + PID + data
+    with pytest.raises(DecodeError):
+        etf.decode(b"\x83p" + (len(body) + 4).to_bytes(4, "big") + body)
+
+
+def test_a_closure_that_holds_no_term_has_a_place_on_the_ring_nonetheless() -> None:
+    twice = b"t\0\0\0\2jjjj"
+    body = b"\0" + bytes(16) + bytes(4) + b"\0\0\0\1" + etf.encode_term(Atom("m")) + b"a\0a\0" + PID + twice
+    name = etf.decode(b"\x83p" + (len(body) + 4).to_bytes(4, "big") + body)
+    ring = HashRing()
+    strategy_node = Atom("a@b")
+    ring.add_node(strategy_node)
+    assert ring.key_to_node(name) is strategy_node

@@ -552,10 +552,7 @@ def _rare(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Ter
         number = int.from_bytes(data[pos + 5 : end], "little")
         return -number if data[pos + 4] else number, end
     if tag == 99:  # FLOAT_EXT
-        text = data[pos : pos + 31]
-        if not _OLD_FLOAT.fullmatch(text) or not isfinite(float(text.rstrip(b"\0"))):
-            raise DecodeError("a FLOAT_EXT is not the text of a float")
-        return float(text.rstrip(b"\0")), pos + 31
+        return _old_float(data[pos : pos + 31]), pos + 31
     if tag == 103:  # PID_EXT
         node, pos = _atom_at(data, pos, atoms, cache)
         number, serial, creation = _OLD_PID(data, pos)
@@ -575,15 +572,25 @@ def _unknown(tag: int, pos: int) -> str:
     return f"no term has the tag {tag} (byte {pos})"
 
 
+def _old_float(text: bytes) -> float:
+    if not _OLD_FLOAT.fullmatch(text) or not isfinite(float(text.rstrip(b"\0"))):
+        raise DecodeError("a FLOAT_EXT is not the text of a float")
+    return float(text.rstrip(b"\0"))
+
+
+def _check_bits(count: int, bits_in_last_byte: int) -> None:
+    if not count and bits_in_last_byte:
+        raise DecodeError("a bitstring without bytes has no bits in its last byte")
+    if count and not 1 <= bits_in_last_byte <= 8:
+        raise DecodeError(f"a byte has no {bits_in_last_byte} bits")
+
+
 def _bits(data: bytes, declared: int, bits_in_last_byte: int) -> Term:
     if len(data) != declared:
         raise IndexError
+    _check_bits(declared, bits_in_last_byte)
     if bits_in_last_byte == 8 or not data:
-        if bits_in_last_byte and not data:
-            raise DecodeError("a bitstring without bytes has no bits in its last byte")
         return data
-    if not 1 <= bits_in_last_byte <= 7:
-        raise DecodeError(f"a byte has no {bits_in_last_byte} bits")
     unused = 8 - bits_in_last_byte
     return BitString(data[:-1] + bytes((data[-1] >> unused << unused,)), bits_in_last_byte)
 
@@ -605,7 +612,7 @@ def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term
 def skip_term(
     data: bytes, pos: int, atom_cache: Sequence[Term] | None = None, *, max_elements: int = MAX_ELEMENTS
 ) -> int:
-    """The position after the term at `pos`, whose tags, lengths and atoms are checked without building it.
+    """The position after the term at `pos`, which is checked without building it.
 
     Not checked: that the keys of a map differ, and the depth (this loop and those of a BEAM need none).
     """
@@ -687,6 +694,8 @@ def _walk(
             elif tag == 110:  # SMALL_BIG_EXT
                 pos += 3 + data[pos + 1]
             elif tag == 70:  # NEW_FLOAT_EXT
+                if data[pos + 2] >= 0xF0 and data[pos + 1] & 0x7F == 0x7F:
+                    raise DecodeError(f"the float at byte {pos} is infinite or not a number")
                 pos += 9
             elif tag == 107:  # STRING_EXT
                 (count,) = _U16(data, pos + 1)
@@ -705,7 +714,11 @@ def _walk(
                 pos += 4 * words + (4 if tag == 90 else 1)
             elif tag == 118 or tag == 115:  # ATOM_UTF8_EXT, SMALL_ATOM_EXT
                 pos, copied = _walk_atom(data, pos, cache, plain, copied)
-            elif tag == 77 or tag == 111:  # BIT_BINARY_EXT, LARGE_BIG_EXT
+            elif tag == 77:  # BIT_BINARY_EXT
+                (count,) = _U32(data, pos + 1)
+                _check_bits(count, data[pos + 5])
+                pos += 6 + count
+            elif tag == 111:  # LARGE_BIG_EXT
                 pos += 6 + _U32(data, pos + 1)[0]
             elif tag == 113:  # EXPORT_EXT
                 pos, copied = _walk_atom(data, pos + 1, cache, plain, copied)
@@ -714,6 +727,7 @@ def _walk(
                     raise DecodeError(f"the arity of an export is a small integer, not tag {data[pos]}")
                 pos += 2
             elif tag == 99:  # FLOAT_EXT
+                _old_float(data[pos + 1 : pos + 32])
                 pos += 32
             elif tag == 117:  # FUN_EXT: count of free variables, pid, module, index, uniq, free variables
                 todo += 2 + _U32(data, pos + 1)[0]

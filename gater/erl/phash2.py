@@ -63,7 +63,8 @@ _END_OF_MAP: Final = _Mark([], 0, None)
 def phash2(term: Term, range: int = 1 << 27) -> int:
     """`erlang:phash2(Term, Range)`: a number from 0 to `range` - 1 (`range` is at most 2^32).
 
-    Raises TypeError for a Python value that is no term, ValueError for a range that Erlang refuses.
+    Raises TypeError for a Python value that is no term, ValueError for a range that Erlang refuses, and `DecodeError`
+    or `LimitExceeded` for a closure in the old format or one that holds what is no term (a map with a key twice, ..).
     """
     if not 0 < range <= 1 << 32:
         raise ValueError(f"phash2 has a range from 1 to 2^32, not {range}")

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Final, Protocol
 
+from gater.erl.errors import DecodeError, LimitExceeded
 from gater.erl.phash2 import phash2
 from gater.erl.terms import Term, atom_name
 
@@ -97,7 +98,11 @@ class HashRing:
 
     def _hash(self, key: Term) -> int:
         name = atom_name(key)
-        return phash2(key if name is None else self._atom_binary(name), HASH_RANGE)
+        try:
+            return phash2(key if name is None else self._atom_binary(name), HASH_RANGE)
+        except (DecodeError, LimitExceeded):
+            # A closure that no BEAM could read: no other member can have hashed it.
+            return 0
 
     def _atom_binary(self, name: str) -> bytes:
         """`term_to_binary(Atom)`: libring hashes that, since `phash2` spreads atoms badly."""
