@@ -405,7 +405,11 @@ class Settings:
         "how long a stopping gateway waits for requests under way",
     )
     http_port: int = _setting(
-        DEFAULT_HTTP_PORT, "http.port", _PORT, "port of health, metrics and status", env=("EXESDB_GATER_PORT",)
+        DEFAULT_HTTP_PORT,
+        "http.port",
+        _PORT,
+        "port of health, metrics and status (nothing is served there yet)",
+        env=("EXESDB_GATER_PORT",),
     )
     log_level: str = _setting(
         "info", "log.level", _choice("debug", "info", "warning", "error", "critical"), "the least level logged"

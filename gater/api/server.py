@@ -50,7 +50,7 @@ class ApiServer(GenServer):
     def get_state(self) -> Term:
         return {
             Atom("under_way"): self._service.under_way,
-            Atom("stores"): self._service.router.stores,
+            Atom("stores"): self._service.stores,
         }
 
 

@@ -133,6 +133,12 @@ class Service:
         """Requests that have not been answered yet."""
         return self._under_way
 
+    @property
+    def stores(self) -> list[Atom]:
+        """The stores that can be asked now: those of the cluster that have a worker, and the embedded ones."""
+        embedded = () if self.embedded is None else self.embedded.store_ids
+        return list(dict.fromkeys((*self.router.stores, *embedded)))
+
     def is_embedded(self, store: Atom | None) -> bool:
         """Whether the embedded store of this node holds `store`."""
         return self.embedded is not None and store in self.embedded.store_ids

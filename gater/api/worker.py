@@ -180,9 +180,7 @@ class Workers:
         """Stores may have come or gone: see that each has its workers."""
         if self._stopping or self._supervisor is None or not self._count:
             return
-        served = set(self._service.router.stores)
-        if self._service.embedded is not None:
-            served.update(self._service.embedded.store_ids)
+        served = set(self._service.stores)
         for store in served & self._going.keys():
             self._going.pop(store).cancel()
         loop = asyncio.get_running_loop()
