@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from gater.erl import etf
+from gater.erl.epmd import EpmdUnavailable, lookup
 from gater.erl.terms import Atom, Term
 
 Language: TypeAlias = Literal["erlang", "elixir"]
@@ -279,6 +280,8 @@ class BeamNode:
         if self._erl is None:
             raise BeamFailure("erl is not installed (Debian package: erlang)")
         await self._forget()
+        if self._process is not None:
+            await wait_until(self._name_is_free, what=f"{self.name} forgotten by EPMD")
         if self._home is None:
             self._home = tempfile.TemporaryDirectory(prefix="gater-beam-")
         ours, theirs = socket.socketpair()
@@ -347,6 +350,17 @@ class BeamNode:
             kind, reason, described = etf.decode(encoded)
             raise BeamError(str(self.name), str(kind), reason, described.decode(errors="replace"))
         return encoded
+
+    async def sees_hidden(self, *names: Atom) -> None:
+        """Wait until these and no other hidden nodes are connected.
+
+        Whoever connects is done with the handshake a moment before the node that it has called.
+        """
+
+        async def sees() -> bool:
+            return set(await self.eval("nodes(hidden)", language="erlang")) == set(names)
+
+        await wait_until(sees, what=f"the hidden nodes of {self.name} being {names}")
 
     async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Stop as `init:stop/0` does: applications first. Kills the node when that takes longer than `timeout_s`."""
@@ -471,6 +485,14 @@ class BeamNode:
         if writer is not None:
             writer.close()
         self._fail_waiting()
+
+    async def _name_is_free(self) -> bool:
+        if self.name is None or self.epmd_port is None:
+            return True
+        try:
+            return await lookup(self.name.partition("@")[0], LOOPBACK, epmd_port=self.epmd_port) is None
+        except EpmdUnavailable:
+            return True
 
     def _described_output(self) -> str:
         output = self.output()[-LOG_TAIL_CHARACTERS:].strip()

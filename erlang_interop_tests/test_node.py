@@ -53,6 +53,7 @@ async def test_a_python_node_connects_and_the_beam_notices(erl_node: BeamNode, b
             """
         )
         await node.connect(erl_node.atom)
+        await erl_node.sees_hidden(node.name)
         node.disconnect(erl_node.atom)
 
         async def seen() -> list[tuple[object, ...]]:
@@ -230,16 +231,10 @@ async def test_a_restarted_beam_does_not_know_old_pids(erl_node: BeamNode, beam:
     async with python_node(beam) as node:
         old = await erl_node.eval("spawn(fun() -> receive R -> exit(R) end end)")
         await erl_node.kill()
-        await wait_until(lambda: _freed(beam, erl_node))
         await erl_node.start()
         me = Collector(node)
         reference = me.process.monitor(old)
         assert await me.next() == (DOWN, reference, PROCESS, old, NOPROC)
-
-
-async def _freed(beam: Beams, erl_node: BeamNode) -> bool:
-    assert beam.epmd is not None
-    return str(erl_node.name).split("@")[0] not in await beam.epmd.names()
 
 
 @pytest.mark.parametrize("attempt", range(3))
