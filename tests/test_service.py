@@ -39,7 +39,7 @@ from gateway_kit import (
 )
 from node_kit import wait_until
 
-from gater.api import schema
+from gater.api import schema, service
 from gater.api.server import API_MODULE
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangThrow
@@ -209,6 +209,36 @@ async def test_a_read_that_nobody_answers_times_out(tmp_path: Path) -> None:
         house.cluster.always(hang, "get_streams")
         assert await house.ask("get_streams", STORE) == (ERROR, schema.call_timeout(60))
         assert await house.version(b"s") == (OK, -1)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node is asked as well after a tenth of a second."""
+    monkeypatch.setattr(service, "ATTEMPT_SHARE", 0.0)
+    monkeypatch.setattr(service, "MIN_ATTEMPT_S", 0.1)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_read_on_a_node_that_hangs_is_answered_by_another(tmp_path: Path) -> None:
+    async with open_house(tmp_path, nodes=2, call_timeout_ms=10_000) as house:
+        house.cluster.next(hang, "get_streams")
+        assert await house.ask("get_streams", STORE) == (OK, [])
+        first, second = house.cluster.asked("get_streams")
+        assert first.home is not second.home
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_read_that_takes_long_on_every_node_is_answered_by_the_first_that_is_ready(tmp_path: Path) -> None:
+    async with open_house(tmp_path, nodes=2, call_timeout_ms=10_000) as house:
+        held = Held()
+        house.cluster.next(held, "get_streams")
+        house.cluster.always(hang, "get_streams")
+        reading = asyncio.create_task(house.ask("get_streams", STORE))
+        await wait_until(lambda: len(house.cluster.asked("get_streams")) == 2)
+        held.release()
+        assert await reading == (OK, [])
+        # Neither node was asked twice for what it was at already.
+        assert len(house.cluster.asked("get_streams")) == 2
 
 
 async def test_an_append_that_nobody_answers_has_an_unknown_outcome(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ What happens to a call:
             -> no worker known -> registries asked again -> still none: {:error, {:store_not_found |
             :no_worker_available, _}} -> sent -> reply: passed on as it came (its payload is not decoded)
                     -> worker gone before it could have begun (`noproc`) -> another worker
+                    -> no answer for a while -> reads: another node is asked as well, the first answer counts
                     -> worker died, connection lost or no answer in time
                          reads: another worker while there is time, else {:error, {:worker_died | :call_timeout, _}}
                          writes: {:error, {:unknown_outcome, text}}
@@ -299,7 +300,7 @@ class Service:
 
     def _fail_calls(self, worker: Worker, reason: Term) -> None:
         for call in list(self._calls.pop(worker, ())):
-            call.worker_down(down_error(worker.address, reason))
+            call.worker_down(worker, down_error(worker.address, reason))
 
     def attach(self, call: _Call, worker: Worker) -> None:
         """`call` waits for `worker`."""
@@ -315,20 +316,21 @@ class Service:
 
 
 class _Call:
-    """One request under way: at most one worker at a time, exactly one reply."""
+    """One request under way: one worker, and for what may be done twice one more on another node each time the latest
+    takes too long; the first reply counts. Exactly one reply."""
 
     __slots__ = (
+        "_asked",
         "_attempts",
         "_deadline",
         "_loop",
         "_on_reply",
-        "_pending",
         "_request",
         "_service",
+        "_slow",
         "_term",
         "_timer",
         "_tried",
-        "_worker",
     )
 
     def __init__(self, service: Service, request: Request, term: Term, on_reply: OnReply, timeout_s: float) -> None:
@@ -338,8 +340,8 @@ class _Call:
         self._on_reply: OnReply | None = on_reply
         self._attempts = 0
         self._tried: set[Atom] = set()
-        self._pending: PendingCall | None = None
-        self._worker: Worker | None = None
+        self._asked: dict[Worker, PendingCall] = {}
+        self._slow: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
         self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
@@ -360,6 +362,9 @@ class _Call:
         service, request = self._service, self._request
         now = self._loop.time()
         worker = service.router.choose(request.store, request.stream, now, self._tried)
+        if worker is None and self._asked:
+            # Every node has been asked, and some have not answered yet.
+            return
         if worker is None and self._tried:
             self._tried.clear()
             worker = service.router.choose(request.store, request.stream, now)
@@ -375,68 +380,84 @@ class _Call:
             else:
                 service.refresh(self._refreshed)
             return
-        self._worker = worker
+        self._ask(worker, now)
+
+    def _ask(self, worker: Worker, now: float) -> None:
+        service, request = self._service, self._request
         service.attach(self, worker)
         service.router.breaker(worker.node).probing(now)
         try:
-            self._pending = PendingCall(
+            self._asked[worker] = PendingCall(
                 service.node,
                 worker.address,
                 self._term,
-                self._replied,
-                timeout_s=self._attempt_s(),
+                lambda reply, error: self._replied(worker, reply, error),
+                timeout_s=None,
                 spine_levels=_REPLY_LEVELS,
                 watched=False,
             )
         except EncodeError as error:
+            service.detach(self, worker)
             self._answer(schema.error(schema.invalid_request(f"{request.op}: {error}")))
+            return
+        if request.idempotent and request.store is not None and len(service.router.nodes(request.store)) > 1:
+            wait_s = max((self._deadline - now) * ATTEMPT_SHARE, MIN_ATTEMPT_S)
+            if self._slow is not None:
+                self._slow.cancel()
+            self._slow = self._loop.call_later(wait_s, self._too_slow, worker)
 
     def _refreshed(self) -> None:
         if self._on_reply is not None:
             self._send(refreshed=True)
 
-    def _attempt_s(self) -> float | None:
-        """How long the worker may take before another one is asked; None: as long as the caller waits."""
-        if not self._request.idempotent or self._request.store is None:
-            return None
-        if len(self._service.router.nodes(self._request.store)) < 2:
-            return None
-        return max((self._deadline - self._loop.time()) * ATTEMPT_SHARE, MIN_ATTEMPT_S)
+    def _too_slow(self, worker: Worker) -> None:
+        """Ask another node as well. What this one has begun goes on: a large read takes as long anywhere."""
+        if worker in self._asked:
+            self._failed(worker)
+            self._attempts += 1
+            if self._attempts < MAX_ATTEMPTS:
+                self._send()
 
-    def _replied(self, reply: Term, error: CallError | None) -> None:
+    def _failed(self, worker: Worker) -> None:
+        if worker.node in self._tried:
+            return
+        if self._service.router.breaker(worker.node).failed(self._loop.time()):
+            log.warning("node_left_out", store=str(worker.store), peer=str(worker.node))
+        self._tried.add(worker.node)
+
+    def _replied(self, worker: Worker, reply: Term, error: CallError | None) -> None:
         if self._on_reply is None:
             return
         if error is not None:
-            self.worker_down(error)
+            self.worker_down(worker, error)
             return
-        if self._worker is not None:
-            self._service.router.breaker(self._worker.node).succeeded()
+        self._service.router.breaker(worker.node).succeeded()
         self._answer(reply)
 
-    def worker_down(self, error: CallError) -> None:
-        """The worker is gone, was not there at all, or takes too long: try another one, or say so."""
-        worker = self._worker
-        if self._on_reply is None or worker is None:
+    def worker_down(self, worker: Worker, error: CallError) -> None:
+        """The worker is gone, or was not there at all: try another one, or say so."""
+        pending = self._asked.pop(worker, None)
+        if self._on_reply is None or pending is None:
             return
-        self._let_go()
-        router = self._service.router
+        pending.cancel()
+        self._service.detach(self, worker)
         self._attempts += 1
         never_begun = isinstance(error, NoProcess)
         if never_begun:
-            router.remove(worker)
+            self._service.router.remove(worker)
         else:
-            if router.breaker(worker.node).failed(self._loop.time()):
-                log.warning("node_left_out", store=str(worker.store), peer=str(worker.node))
-            self._tried.add(worker.node)
+            self._failed(worker)
         if self._attempts < MAX_ATTEMPTS and (never_begun or self._request.idempotent):
             self._send()
+        elif self._asked:
+            return
         elif self._request.is_write and not never_begun:
             self._answer(schema.error(schema.unknown_outcome(f"{error}; read the stream and look for the event ids")))
         else:
             self._answer(schema.error(schema.worker_died(error.reason)))
 
     def _timed_out(self, timeout_s: float) -> None:
-        if self._request.is_write and self._worker is not None:
+        if self._request.is_write and self._asked:
             reason = schema.unknown_outcome(
                 f"no answer within {timeout_s:g} s; read the stream and look for the event ids"
             )
@@ -465,12 +486,12 @@ class _Call:
         self._send()
 
     def _let_go(self) -> None:
-        if self._pending is not None:
-            self._pending.cancel()
-            self._pending = None
-        if self._worker is not None:
-            self._service.detach(self, self._worker)
-            self._worker = None
+        for worker, pending in self._asked.items():
+            pending.cancel()
+            self._service.detach(self, worker)
+        self._asked.clear()
+        if self._slow is not None:
+            self._slow.cancel()
 
     def _answer(self, reply: Term) -> None:
         on_reply, self._on_reply = self._on_reply, None
