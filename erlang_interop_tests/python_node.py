@@ -71,3 +71,6 @@ class Server(GenServer):
 
     def get_state(self) -> Term:
         return self.count
+
+    def set_state(self, state: Term) -> None:
+        self.count = state

@@ -81,7 +81,7 @@ async def test_elixir_calls_a_gen_server_in_python(epmd: Epmd, tmp_path: Path) -
     async with started(example("python", "class Counter"), "python", epmd, tmp_path) as counter:
         assert await line(counter) == "counter is up"
         lines = await printed(example("sh", ":counter"), "sh", epmd, tmp_path)
-    assert lines == ["{:ok, 5}", "{:ok, 7}", "0", "{:error, :unknown_request}"]
+    assert lines == ["{:ok, 5}", "{:ok, 7}", "0", "100", "{:error, :unknown_request}"]
 
 
 async def test_elixir_calls_functions_in_python(epmd: Epmd, tmp_path: Path) -> None:

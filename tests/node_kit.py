@@ -131,5 +131,10 @@ class Counter(GenServer):
     def get_state(self) -> Term:
         return self.value
 
+    def set_state(self, state: Term) -> None:
+        if type(state) is not int:
+            raise TypeError("a counter counts")
+        self.value = state
+
     def terminate(self, reason: Term) -> None:
         self.ended_with = reason

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from node_kit import Collector, Counter, running, two_nodes, unique_name, wait_until
 
 from gater.erl import Node, NodeOptions
-from gater.erl.errors import CallTimeout, ConnectionLost, EncodeError, NoProcess, ProcessDied
+from gater.erl.errors import (
+    CallTimeout,
+    ConnectionLost,
+    EncodeError,
+    ErlangError,
+    ErlangException,
+    ErlangExit,
+    ErlangThrow,
+    NoProcess,
+    ProcessDied,
+)
 from gater.erl.gen_server import (
     GEN_CALL,
     GEN_CAST,
@@ -25,7 +35,7 @@ from gater.erl.gen_server import (
     stop,
 )
 from gater.erl.process import NORMAL, SHUTDOWN
-from gater.erl.terms import Atom, EncodedTerm, Term
+from gater.erl.terms import Atom, EncodedTerm, Export, Term
 
 ADD, GET, LATER, NEVER, CRASH, SLOW, ECHO = map(Atom, ("add", "get", "later", "never", "crash", "slow", "echo"))
 
@@ -257,14 +267,24 @@ async def test_an_answer_that_is_no_term_ends_the_server() -> None:
             await call(one, server.pid, SLOW)
 
 
+async def asked(node: Node, server: GenServer, request: Term) -> Term:
+    """What a process of `node` is answered to a system message."""
+    me = Collector(node)
+    tag = node.make_reference()
+    me.process.send(server.pid, (SYSTEM, (me.process.pid, tag), request))
+    answer = await me.next()
+    assert answer[0] == tag
+    return answer[1]
+
+
+def failed(callback: str, kind: str, reason: Term) -> Term:
+    """How `sys` says that a callback of a server has raised."""
+    return (Atom("error"), (Atom("callback_failed"), (Atom("gen_server"), Atom(callback)), (Atom(kind), reason)))
+
+
 async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Counter) -> None:
     async def sys_request(request: Term) -> Term:
-        me = Collector(places[0])
-        tag = places[0].make_reference()
-        me.process.send(server.pid, (SYSTEM, (me.process.pid, tag), request))
-        answer = await me.next()
-        assert answer[0] == tag
-        return answer[1]
+        return await asked(places[0], server, request)
 
     await call(places[0], server.pid, (ADD, 3))
     assert await sys_request(Atom("get_state")) == 3
@@ -278,17 +298,93 @@ async def test_sys_messages_are_answered(places: tuple[Node, Node], server: Coun
     assert await sys_request(Atom("get_state")) == 3
     assert await sys_request(Atom("resume")) is OK
     assert await pending == 5
-    assert await sys_request((Atom("replace_state"), None)) == (
-        Atom("error"),
-        (
-            Atom("callback_failed"),
-            (Atom("gen_server"), Atom("system_replace_state")),
-            (Atom("error"), Atom("notsup")),
-        ),
-    )
     assert (await sys_request(Atom("nonsense")))[0] is Atom("error")
     assert await sys_request((Atom("terminate"), SHUTDOWN)) is OK
     await wait_until(lambda: server.ended_with is SHUTDOWN)
+
+
+def replace(module: str, function: str, arity: int = 1) -> Term:
+    return (Atom("replace_state"), Export(Atom(module), Atom(function), arity))
+
+
+async def test_a_state_is_replaced_by_functions_of_either_node(places: tuple[Node, Node], server: Counter) -> None:
+    caller, home = places
+
+    async def times_ten(value: int) -> Term:
+        await asyncio.sleep(0)
+        return value * 10
+
+    home.exports.add("here", "times_ten", times_ten)
+    caller.exports.add("there", "plus_one", lambda value: value + 1)
+    server.value = 4
+    assert await asked(caller, server, replace("here", "times_ten")) == 40
+    assert await asked(caller, server, replace("there", "plus_one")) == 41
+    assert server.value == 41
+    assert await asked(caller, server, Atom("suspend")) is OK
+    assert await asked(caller, server, replace("there", "plus_one")) == 42
+    assert await asked(caller, server, Atom("resume")) is OK
+    assert await call(caller, server.pid, GET) == 42
+
+
+async def test_a_state_stays_when_it_cannot_be_replaced(places: tuple[Node, Node], server: Counter) -> None:
+    caller, _ = places
+
+    def raising(kind: type[ErlangException]) -> Callable[[Term], Term]:
+        def function(value: Term) -> Term:
+            raise kind((Atom("exception"), value))
+
+        return function
+
+    for kind in (ErlangError, ErlangExit, ErlangThrow):
+        caller.exports.add("caller", kind.kind, raising(kind))
+    caller.exports.add("caller", "text", lambda value: b"text")
+    server.value = 4
+    callback = "system_replace_state"
+    for name in ("error", "exit", "throw"):
+        refusal = failed(callback, name, (Atom("exception"), 4))
+        assert await asked(caller, server, replace("caller", name)) == refusal
+    refusal = failed(callback, "error", (Atom("python_error"), b"TypeError", b"a counter counts"))
+    assert await asked(caller, server, replace("caller", "text")) == refusal
+    assert await asked(caller, server, replace("caller", "none")) == failed(callback, "error", Atom("undef"))
+    wrong = Export(Atom("caller"), Atom("none"), 2)
+    badarity = failed(callback, "error", (Atom("badarity"), (wrong, [4])))
+    assert await asked(caller, server, (Atom("replace_state"), wrong)) == badarity
+    badfun = failed(callback, "error", (Atom("badfun"), 7))
+    assert await asked(caller, server, (Atom("replace_state"), 7)) == badfun
+    assert server.value == 4
+
+
+async def test_a_server_that_takes_no_state_has_none_replaced(places: tuple[Node, Node]) -> None:
+    class Plain(GenServer):
+        def get_state(self) -> Term:
+            raise ValueError("not now")
+
+    caller, home = places
+    plain = await start_server(home, Plain())
+    caller.exports.add("caller", "same", lambda value: value)
+    refusal = failed("system_replace_state", "error", Atom("notsup"))
+    assert await asked(caller, plain, replace("caller", "same")) == refusal
+    reason = (Atom("python_error"), b"ValueError", b"not now")
+    assert await asked(caller, plain, Atom("get_state")) == failed("system_get_state", "error", reason)
+    status = await asked(caller, plain, Atom("get_status"))
+    assert status[3][4][-1] == (Atom("data"), [(list(b"State"), failed("system_get_state", "error", reason))])
+
+
+async def test_calls_wait_while_a_state_is_replaced_and_its_function_has_a_time_limit(
+    places: tuple[Node, Node], server: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.erl.gen_server.REPLACE_STATE_TIMEOUT_S", 0.05)
+    caller, _ = places
+
+    async def for_ever(value: int) -> Term:
+        await asyncio.Event().wait()
+
+    caller.exports.add("caller", "for_ever", for_ever)
+    replacing = asyncio.create_task(asked(caller, server, replace("caller", "for_ever")))
+    calls = [asyncio.create_task(call(caller, server.pid, (ADD, 1))) for _ in range(3)]
+    refusal = failed("system_replace_state", "error", (Atom("erpc"), Atom("timeout")))
+    assert await replacing == refusal
+    assert await asyncio.gather(*calls) == [1, 2, 3]
 
 
 async def test_what_came_while_suspended_is_handled_before_what_came_since() -> None:

@@ -61,6 +61,7 @@ __all__ = [
     "encode",
     "encode_into",
     "encode_term",
+    "fun_creator",
     "skip_term",
     "to_plain",
 ]
@@ -607,6 +608,17 @@ def _fun(tag: int, data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term
         module, _ = _atom_at(data, after_pid + _NODE_THEN[data[pos + 4]], atoms, cache)
     body = to_plain(data, pos - 1, cache)[1:] if cache else data[pos:end]
     return Fun(tag, body, module, arity), end
+
+
+def fun_creator(fun: Fun) -> Pid:
+    """The process that made a closure: where its code is sure to be."""
+    body, pos = fun.body, 4
+    if fun.tag == 112:
+        # Module, old index and old uniq stand before it.
+        pos = skip_term(body, skip_term(body, skip_term(body, 29)))
+    creator, _ = decode_term(body, pos, AtomTable())
+    assert type(creator) is Pid
+    return creator
 
 
 def skip_term(

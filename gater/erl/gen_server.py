@@ -17,10 +17,19 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import CoroutineType, NoneType
 from typing import Any, Final, NamedTuple
 
-from gater.erl.errors import CallError, CallTimeout, ConnectionLost, NoProcess, ProcessDied, shown
+from gater.erl.errors import (
+    CallError,
+    CallTimeout,
+    ConnectionLost,
+    ErlangError,
+    ErlangException,
+    NoProcess,
+    ProcessDied,
+    shown,
+)
 from gater.erl.handshake import DistributionFlag
 from gater.erl.node import Monitor, Node
-from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop
+from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop, error_term
 from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
 
 GEN_CALL: Final = Atom("$gen_call")
@@ -33,6 +42,7 @@ NODEDOWN: Final = Atom("nodedown")
 TIMEOUT_REASON: Final = Atom("timeout")
 
 _BAD_REPLY: Final = Atom("bad_reply")
+_NOTSUP: Final = Atom("notsup")
 
 CALL_TIMEOUT_S: Final = 5.0
 """The default of `gen_server:call/2`."""
@@ -42,6 +52,12 @@ _TERMS: Final = frozenset({tuple, Atom, bytes, list, dict, int, bool, NoneType, 
 
 MAX_SUSPENDED_MESSAGES: Final = 100_000
 """Messages kept for a server that `sys:suspend` has stopped; one more ends it."""
+
+REPLACE_STATE_TIMEOUT_S: Final = 5.0
+"""How long the function of `sys:replace_state` may take; the server handles nothing meanwhile. The default of the
+caller's own patience."""
+
+_GEN_SERVER: Final = Atom("gen_server")
 
 
 class Caller(NamedTuple):
@@ -104,6 +120,13 @@ class GenServer:
         """What `sys:get_state` shows."""
         return Atom("undefined")
 
+    def set_state(self, state: Term) -> None:
+        """Go on with `state`, made by `sys:replace_state` of what `get_state` has shown.
+
+        Not overridden, that is refused. An exception leaves the server as it is and is told to the caller.
+        """
+        raise ErlangError(_NOTSUP)
+
     def reply(self, caller: Caller, answer: Term) -> None:
         """Answer a call that was left open with `NO_REPLY`."""
         process = self.process
@@ -129,8 +152,7 @@ class ServerReceiver:
         if type(message) is tuple and message:
             kind = message[0]
             if kind is SYSTEM and len(message) == 3 and _is_from(message[1]):
-                self._system(Caller(*message[1]), message[2])
-                return None
+                return self._system(Caller(*message[1]), message[2])
             if self.suspended:
                 self._keep(message)
                 return None
@@ -171,15 +193,14 @@ class ServerReceiver:
             raise Stop(Atom("mailbox_limit"))
         self._kept.append(message)
 
-    def _system(self, caller: Caller, request: Term) -> None:
+    def _system(self, caller: Caller, request: Term) -> Awaitable[None] | None:
         reply: Term
         kind = request[0] if type(request) is tuple and request else request
         name = kind.name if type(kind) is Atom else None
         match name:
             case "get_state":
-                state = self.server.get_state()
-                # Each release takes the shape of its own `sys` for granted, and fails on the other's.
-                reply = (OK, state) if self._asks_as_otp_28(caller) else state
+                state, failure = self._state()
+                reply = self._state_reply(caller, state) if failure is None else failure
             case "get_status":
                 reply = self._status()
             case "suspend":
@@ -190,44 +211,74 @@ class ServerReceiver:
                 kept, self._kept = self._kept, deque()
                 self.process.node.reply(caller, OK, self.process.pid)
                 self.process.put_back(kept)
-                return
+                return None
             case "terminate":
                 self.process.node.reply(caller, OK, self.process.pid)
                 raise Stop(request[1] if type(request) is tuple and len(request) == 2 else NORMAL)
-            case "replace_state":
-                # As for a callback that raised `error:notsup`: an Erlang function cannot run here.
-                failed = (Atom("gen_server"), Atom("system_replace_state"))
-                reply = (ERROR, (Atom("callback_failed"), failed, (ERROR, Atom("notsup"))))
+            case "replace_state" if type(request) is tuple and len(request) == 2:
+                return self._replace_state(caller, request[1])
             case _:
                 reply = (ERROR, (Atom("unknown_system_msg"), request))
         self.process.node.reply(caller, reply, self.process.pid)
+        return None
 
-    def _asks_as_otp_28(self, caller: Caller) -> bool:
+    async def _replace_state(self, caller: Caller, function: Term) -> None:
+        """Have `function` make a new state of the present one: where the function came from, as none can run here."""
+        server, node = self.server, self.process.node
+        try:
+            if type(server).set_state is GenServer.set_state or node.apply_function is None:
+                raise ErlangError(_NOTSUP)
+            made = node.apply_function(function, [server.get_state()], caller.pid.node, REPLACE_STATE_TIMEOUT_S)
+            state = await made
+            server.set_state(state)
+            reply = self._state_reply(caller, state)
+        except Exception as error:
+            reply = _callback_failed("system_replace_state", error)
+        node.reply(caller, reply, self.process.pid)
+
+    def _state(self) -> tuple[Term, Term | None]:
+        """The state as the server shows it, and what `sys` says if that raises."""
+        try:
+            return self.server.get_state(), None
+        except Exception as error:
+            return None, _callback_failed("system_get_state", error)
+
+    def _state_reply(self, caller: Caller, state: Term) -> Term:
+        """The answer to `get_state` and `replace_state`: each release takes the shape of its own `sys` for granted, and
+        fails on the other's."""
         connection = self.process.node.peers.table.get(caller.pid.node)
-        return connection is not None and bool(connection.peer_flags & DistributionFlag.ALTACT_SIG)
+        is_otp_28 = connection is not None and bool(connection.peer_flags & DistributionFlag.ALTACT_SIG)
+        return (OK, state) if is_otp_28 else state
 
     def _status(self) -> Term:
         """`{status, Pid, {module, Module}, [PDict, SysState, Parent, Debug, Misc]}`, as `sys.erl` builds it."""
         process = self.process
-        state = Atom("suspended" if self.suspended else "running")
+        sys_state = Atom("suspended" if self.suspended else "running")
+        state, failure = self._state()
         header = (Atom("header"), list(f"Status for {type(self.server).__name__}".encode()))
         misc = [
             header,
             (
                 Atom("data"),
-                [(list(b"Status"), state), (list(b"Parent"), process.pid), (list(b"Logged events"), [])],
+                [(list(b"Status"), sys_state), (list(b"Parent"), process.pid), (list(b"Logged events"), [])],
             ),
-            (Atom("data"), [(list(b"State"), self.server.get_state())]),
+            (Atom("data"), [(list(b"State"), state if failure is None else failure)]),
         ]
         return (
             Atom("status"),
             process.pid,
-            (Atom("module"), Atom("gen_server")),
-            [[], state, process.pid, [], misc],
+            (Atom("module"), _GEN_SERVER),
+            [[], sys_state, process.pid, [], misc],
         )
 
     def terminate(self, reason: Term) -> None:
         self.server.terminate(reason)
+
+
+def _callback_failed(callback: str, error: Exception) -> Term:
+    """What `sys` answers when a callback of `gen_server` has raised."""
+    kind = Atom(error.kind) if isinstance(error, ErlangException) else ERROR
+    return (ERROR, (Atom("callback_failed"), (_GEN_SERVER, Atom(callback)), (kind, error_term(error))))
 
 
 def _is_from(term: Term) -> bool:
@@ -264,7 +315,7 @@ def spawn_server(node: Node, server: GenServer, *, name: str | Atom | None = Non
     process = node.spawn_receiver(receiver, name=name)
     receiver.process = server.process = process
     process.spine_levels = server.spine_levels
-    process.initial_call = (Atom("gen_server"), Atom("init_it"), 6)
+    process.initial_call = (_GEN_SERVER, Atom("init_it"), 6)
     return process
 
 

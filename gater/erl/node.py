@@ -15,7 +15,7 @@ import ipaddress
 import secrets
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -153,6 +153,8 @@ class Node:
             Callable[[control.SpawnRequest | control.SpawnRequestTT, list[Term], Connection], None] | None
         ) = None
         """Who carries out spawn requests of peers (`rpc.py`); without one they are answered `notsup`."""
+        self.apply_function: Callable[[Term, list[Term], Atom, float], Awaitable[Term]] | None = None
+        """Who applies funs that came from peers: `(fun, arguments, who sent it, timeout_s)` (`rpc.py`)."""
         self.peers = Peers(self)
         self.signals = Signals(self)
         self.router = Router(self)

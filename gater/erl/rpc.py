@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from gater.erl import control
+from gater.erl import control, etf
 from gater.erl.connection import Connection
 from gater.erl.control import SpawnReplyFlag, SpawnRequest, SpawnRequestTT, parse_spawn_options
 from gater.erl.errors import ErlangError, ErlangException, ErlangExit, ErlangThrow
@@ -35,7 +35,7 @@ from gater.erl.process import (
     exit_reason,
     stacktrace,
 )
-from gater.erl.terms import Atom, Pid, Reference, Term
+from gater.erl.terms import Atom, Export, Fun, Pid, Reference, Term
 
 MAX_CALLS: Final = 100_000
 """Functions running for peers at one time; further requests are refused with `system_limit`."""
@@ -75,6 +75,9 @@ def install(node: Node) -> None:
     """Let peers call the functions in `node.exports`."""
     service = _Service(node)
     node.requests = service.spawn_requested
+    node.apply_function = lambda function, arguments, sender, timeout_s: apply_function(
+        node, function, arguments, sender=sender, timeout_s=timeout_s
+    )
     node.on_start.append(lambda: _start_rex(node, service))
 
 
@@ -430,6 +433,41 @@ async def _local_call(
     finally:
         if cancel is not None:
             cancel()
+
+
+async def apply_function(
+    node: Node,
+    function: Term,
+    arguments: list[Term],
+    *,
+    sender: str | Atom | None = None,
+    timeout_s: float | None = None,
+) -> Term:
+    """`apply(Fun, Args)` for a fun that came from a peer; no Erlang code runs here.
+
+    A closure is applied on the node of the process that made it, where its code is. `fun M:F/A` is applied here if this
+    node exports it, else on `sender`, the node it came from. Raises what the fun raised (`ErlangError`, `ErlangExit`,
+    `ErlangThrow`; `badfun` and `badarity` as in Erlang), or `ErlangError({erpc, noconnection | timeout | ..})`.
+    """
+    if type(function) is Fun:
+        home = etf.fun_creator(function).node
+    elif type(function) is not Export:
+        raise ErlangError((Atom("badfun"), function))
+    elif function.arity != len(arguments):
+        raise ErlangError((Atom("badarity"), (function, arguments)))
+    elif sender is None or node.exports.find(function.module, function.function, function.arity) is not None:
+        home = node.name
+    else:
+        home = Atom(str(sender))
+    module, name, values = Atom("erlang"), Atom("apply"), [function, arguments]
+    if type(function) is Export:
+        module, name, values = function.module, function.function, arguments
+    try:
+        return await erpc_call(node, home, module, name, values, timeout_s=timeout_s)
+    except ErlangException as error:
+        if not isinstance(error, ErlangThrow) and error.reason[0] is EXCEPTION:
+            raise type(error)(error.reason[1]) from None
+        raise
 
 
 def erpc_cast(
