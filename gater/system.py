@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import structlog
 
+from gater.api.cluster_reports import ClusterReports
 from gater.api.discovery import Discovery
 from gater.api.server import API_MODULE, export_api
 from gater.api.service import Service
@@ -113,9 +114,18 @@ class System:
         # Gateways tell each other of appends by Phoenix.PubSub, and hear the stores' emitters.
         groups = Scope(SCOPE)
         await start_server(self.node, groups, name=SCOPE)
-        self.subscriptions.start(PubSub(self.node, groups))
+        pubsub = PubSub(self.node, groups)
+        self.subscriptions.start(pubsub)
         self.discovery.start()
         self.connector.start()
+        self.reports = ClusterReports(
+            self.node,
+            self.monitor,
+            pubsub,
+            secret_key_base=self.settings.secret_key_base,
+            interval_s=self.settings.health_check_interval_ms / 1000,
+        )
+        self.reports.start()
         self.monitor.start()
         for strategy in self.strategies:
             await strategy.start(self.connector)
@@ -153,6 +163,7 @@ class System:
             log.warning("drain_incomplete", requests=self.service.under_way, after_s=limit_s)
         for strategy in self.strategies:
             await strategy.stop()
+        self.reports.stop()
         self.monitor.stop()
         self.connector.stop()
         self.discovery.stop()

@@ -138,6 +138,19 @@ def test_a_node_without_ex_esdb_is_asked_for_its_applications_only_and_seldom_on
     assert {each.question for each in settling + later} == {APPLICATIONS}
 
 
+def test_a_node_that_says_for_the_first_time_what_it_runs_is_told_each_time_it_connects() -> None:
+    state = ClusterState()
+    for at in (0.0, 100.0):
+        state.connected(CLIENT, at)
+        assert state.node(CLIENT, at).applications == frozenset()
+        told = NodeChanged(CLIENT, "up", "up", False)
+        assert state.answered(CLIENT, APPLICATIONS, STOPPED, at, at + 0.1) == [told]
+        state.tick(at + 4)
+        assert state.answered(CLIENT, APPLICATIONS, STOPPED, at + 4, at + 4.1) == []
+        assert state.node(CLIENT, at + 5).applications == {Atom("kernel")}
+        state.disconnected(CLIENT, "gone", at + 6)
+
+
 def test_a_node_whose_ex_esdb_starts_after_we_connected_is_noticed_soon() -> None:
     cluster = Cluster()
     cluster.applications[A] = STOPPED

@@ -18,6 +18,7 @@ from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.adapter import MAX_SUBSCRIPTIONS, PubSub, PubSubServer
 from gater.pubsub.messages import (
     MAX_TOPIC_BYTES,
+    MONITOR_SERVER,
     SCOPE,
     SERVERS,
     appended_message,
@@ -207,7 +208,7 @@ async def test_a_handler_that_fails_keeps_no_other_from_hearing(two_nodes: tuple
 async def test_all_servers_of_a_node_come_and_go(two_nodes: tuple[Node, Node]) -> None:
     node, groups = two_nodes[0], ScriptedGroups()
     pubsub = PubSub(node, groups)
-    assert {server.name for server in pubsub} == set(SERVERS)
+    assert {server.name for server in pubsub} == {*SERVERS, MONITOR_SERVER}
     assert node.whereis("Elixir.ex_esdb_audit.Adapter") is not None
     pubsub["ex_esdb_audit"].subscribe("t", lambda topic, message: None)
     pubsub.close()

@@ -22,6 +22,7 @@ from gater.pubsub.signatures import (
     MessageRefused,
     is_signed_form,
     sign,
+    sign_as_written,
     term_to_binary,
     verify,
 )
@@ -149,3 +150,18 @@ def test_a_changed_message_is_never_believed(term: Term) -> None:
     _, signature, message = sign(term, SECRET)
     with pytest.raises(MessageRefused):
         verify((SECURE_MESSAGE, signature, (message, 1)), SECRET)
+
+
+@pytest.mark.parametrize("written_for", Format)
+def test_what_another_node_has_written_is_signed_as_it_wrote_it(written_for: Format) -> None:
+    kind, payload = MESSAGE
+    # From OTP 26 on a node has an order of its own for the keys.
+    written = term_to_binary((kind, dict(reversed(payload.items()))), written_for)
+    secured = sign_as_written(MESSAGE, written, SECRET)
+    assert secured == (SECURE_MESSAGE, hmac.digest(SECRET.encode(), written, hashlib.sha256), MESSAGE)
+
+
+@pytest.mark.parametrize("written", [b"", b"\x83", term_to_binary((Atom("another"), {}), Format.OTP_26), b"no term"])
+def test_nothing_is_signed_that_was_not_said(written: bytes) -> None:
+    with pytest.raises(MessageRefused):
+        sign_as_written(MESSAGE, written, SECRET)

@@ -117,8 +117,11 @@ def uuid7() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def datetime_to_term(moment: datetime) -> Term:
-    """The `%DateTime{}` of `moment`, in UTC with six digits of microseconds, as `DateTime.utc_now/0` gives it."""
+def datetime_to_term(moment: datetime, *, milliseconds: bool = False) -> Term:
+    """The `%DateTime{}` of `moment`, in UTC with six digits of microseconds, as `DateTime.utc_now/0` gives it.
+
+    `milliseconds`: with three digits, as `DateTime.truncate(moment, :millisecond)`.
+    """
     if moment.tzinfo is None:
         raise SchemaError("a DateTime needs a time zone: give a datetime with tzinfo, for example datetime.now(UTC)")
     utc = moment.astimezone(UTC)
@@ -127,7 +130,7 @@ def datetime_to_term(moment: datetime) -> Term:
         _CALENDAR: _ISO,
         _DAY: utc.day,
         _HOUR: utc.hour,
-        _MICROSECOND: (utc.microsecond, 6),
+        _MICROSECOND: (utc.microsecond // 1000 * 1000, 3) if milliseconds else (utc.microsecond, 6),
         _MINUTE: utc.minute,
         _MONTH: utc.month,
         _SECOND: utc.second,

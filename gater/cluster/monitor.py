@@ -110,7 +110,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class NodeChanged:
-    """Effect: a node has another state, or has become (or stopped to be) an ExESDB node; None: not known before."""
+    """Effect: a node has another state, has said for the first time what it runs, or has become an ExESDB node.
+
+    `before` is None if it was not known before.
+    """
 
     node: Atom
     before: NodeState | None
@@ -293,6 +296,7 @@ class ClusterState:
             node = self._nodes[name] = _Node("connecting", now)
         node.connected = True
         node.connected_at = now
+        node.applications = frozenset()
         node.is_ex_esdb = False
         node.said_draining = False
         node.pending.clear()
@@ -390,20 +394,22 @@ class ClusterState:
 
     def nodes(self, now: float) -> list[NodeStatus]:
         """Every node, sorted by name."""
-        return [
-            NodeStatus(
-                name,
-                node.state,
-                node.is_ex_esdb,
-                node.applications,
-                tuple(node.stores()),
-                node.answer_s,
-                node.smoothed_s,
-                node.error,
-                now - node.since,
-            )
-            for name, node in sorted(self._nodes.items(), key=lambda item: item[0].name)
-        ]
+        return [self.node(name, now) for name in sorted(self._nodes, key=str)]
+
+    def node(self, name: Atom, now: float) -> NodeStatus:
+        """One node. KeyError if it is not known."""
+        node = self._nodes[name]
+        return NodeStatus(
+            name,
+            node.state,
+            node.is_ex_esdb,
+            node.applications,
+            tuple(node.stores()),
+            node.answer_s,
+            node.smoothed_s,
+            node.error,
+            now - node.since,
+        )
 
     def state(self, name: Atom) -> NodeState | None:
         """The state of one node; None if it is not known."""
@@ -454,6 +460,7 @@ class ClusterState:
     def _applications(self, name: Atom, node: _Node, answer: Term, now: float) -> list[Effect]:
         if type(answer) is not list:
             return []
+        is_first = not node.applications
         node.applications = frozenset(
             each[0] for each in answer if type(each) is tuple and each and type(each[0]) is Atom
         )
@@ -461,7 +468,7 @@ class ClusterState:
         became = runs and not node.is_ex_esdb
         node.is_ex_esdb = node.is_ex_esdb or runs
         state: NodeState = "draining" if node.said_draining or (node.is_ex_esdb and not runs) else "up"
-        effects = self._enter(name, node, state, now, anyway=became)
+        effects = self._enter(name, node, state, now, anyway=became or is_first)
         if became:
             node.due = now
             effects += self._ask(name, node, now)
@@ -647,6 +654,10 @@ class ClusterMonitor:
         """Every node that is connected, wanted, or went down a short while ago; sorted by name."""
         self._merge_wanted()
         return self._state.nodes(self._now())
+
+    def node(self, peer: Atom) -> NodeStatus:
+        """One node. KeyError if it is not known."""
+        return self._state.node(peer, self._now())
 
     def node_state(self, peer: Atom) -> NodeState | None:
         """The state of one node; None if it is not known."""

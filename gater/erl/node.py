@@ -27,7 +27,7 @@ from gater.erl.connection import MAX_FRAME_BYTES, Connection
 from gater.erl.epmd import BuiltinEpmd, EpmdPortInUse, EpmdUnavailable, Registration, register
 from gater.erl.errors import NodeError
 from gater.erl.exports import Exports
-from gater.erl.handshake import HANDSHAKE_TIMEOUT_S, HEADER_FLAGS, OUR_FLAGS, node_name_fault
+from gater.erl.handshake import HANDSHAKE_TIMEOUT_S, HEADER_FLAGS, OUR_FLAGS, DistributionFlag, node_name_fault
 from gater.erl.peers import MAX_PEERS, NodeWatcher, Peers
 from gater.erl.process import SHUTDOWN, Mailbox, Process, Receiver, described
 from gater.erl.routing import Router
@@ -336,6 +336,15 @@ class Node:
     def nodes(self) -> list[Atom]:
         """The peers this node is connected to."""
         return self.peers.up()
+
+    def is_visible(self, peer: Atom) -> bool:
+        """Whether this peer is connected and visible, one that BEAMs list in `nodes/0`."""
+        connection = self.peers.table.get(peer)
+        return (
+            connection is not None
+            and connection.state == "up"
+            and bool(connection.peer_flags & DistributionFlag.PUBLISHED)
+        )
 
     def connection(self, peer: Atom) -> Connection:
         """The connection to `peer`; if there is none an attempt begins and what is sent meanwhile waits."""

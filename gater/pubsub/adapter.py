@@ -17,7 +17,14 @@ import structlog
 from gater.erl.node import Node
 from gater.erl.process import SHUTDOWN, Process, described
 from gater.erl.terms import Atom, Pid, Term
-from gater.pubsub.messages import MAX_TOPIC_BYTES, SERVERS, forward_to_local, parse_broadcast, worker_name
+from gater.pubsub.messages import (
+    MAX_TOPIC_BYTES,
+    MONITOR_SERVER,
+    SERVERS,
+    forward_to_local,
+    parse_broadcast,
+    worker_name,
+)
 
 Handler: TypeAlias = Callable[[bytes, Term], None]
 """Called with topic and message."""
@@ -142,7 +149,7 @@ class PubSubServer:
 class PubSub:
     """All servers of a node; `pubsub["ex_esdb_events"]` is one."""
 
-    def __init__(self, node: Node, groups: Groups, servers: Iterable[str] = SERVERS) -> None:
+    def __init__(self, node: Node, groups: Groups, servers: Iterable[str] = (*SERVERS, MONITOR_SERVER)) -> None:
         self._servers = {name: PubSubServer(node, groups, name) for name in servers}
 
     def __getitem__(self, name: str) -> PubSubServer:

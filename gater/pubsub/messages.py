@@ -1,7 +1,8 @@
 """The wire shapes of Phoenix.PubSub 2.1 (adapter `PG2`), and the servers, topics and messages ExESDB uses it for.
 
 Source: `phoenix_pubsub` 2.1, `pubsub/pg2.ex`; ExESDB 0.11 (`topics.ex`, `emitter_group.erl`, `emitter_worker.ex`);
-ExESDBGater 0.8 (`pubsub_system.ex`, `topics.ex`); `tests/captures/phoenix_pubsub_*.json`.
+ExESDBGater 0.8 (`pubsub_system.ex`, `topics.ex`, `cluster_monitor.ex`, `messages/health_messages.ex`);
+`tests/captures/phoenix_pubsub_*.json`.
 
 A server `:name` is one worker process per node, registered as `:"Elixir.name.Adapter"` and joined to the `pg` group of
 that name in the scope `Phoenix.PubSub`. A broadcast is one `{:forward_to_local, topic, message, dispatcher}` to each
@@ -11,8 +12,8 @@ Signing is in `signatures.py`; processes and groups in `adapter.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from gater.erl.phash2 import phash2
 from gater.erl.terms import Atom, Term
@@ -40,6 +41,12 @@ SERVERS: Final = tuple(
 )
 """The ten servers of `ExESDBGater.PubSubSystem`."""
 
+HEALTH_SERVER: Final = "ex_esdb_health"
+SYSTEM_SERVER: Final = "ex_esdb_system"
+MONITOR_SERVER: Final = "ExESDBGater.PubSub"
+"""Where `ExESDBGater.ClusterMonitor` broadcasts unless the application names another server. None of the ten: who wants
+to hear it starts a server of that name."""
+
 UNSIGNED_SERVERS: Final = frozenset({"ex_esdb_events"})
 """Servers whose messages are not wrapped: events go out as they are (`emitter_worker.ex`)."""
 
@@ -57,6 +64,12 @@ STORE_SUB_TOPICS: Final = (
     "subscriptions",
 )
 CLUSTER_SUB_TOPICS: Final = ("health", "topology", "leader", "discovery", "alerts", "performance")
+
+_STRUCT: Final = Atom("__struct__")
+_HEALTH_MESSAGES: Final = "Elixir.ExESDBGater.Messages.HealthMessages"
+
+NodeEvent: TypeAlias = Literal["nodeup", "nodedown"]
+Health: TypeAlias = Literal["healthy", "degraded", "unhealthy", "unknown"]
 
 _APPENDED: Final = Atom("gater_appended")
 _TRANSIENT: Final = b"transient"
@@ -170,6 +183,69 @@ def parse_appended(message: Term) -> Appended | None:
         ):
             return Appended(store, stream, version)
     return None
+
+
+def cluster_state_changed(
+    event: NodeEvent, node: Atom, *, is_ex_esdb: bool, connected: Iterable[Atom], timestamp: Term
+) -> Term:
+    """`{:cluster_state_changed, map}` of `ExESDBGater.ClusterMonitor`, for the topic `cluster:topology`.
+
+    `connected` are the nodes that are connected now; `timestamp` is a `%DateTime{}`.
+    """
+    nodes: list[Term] = list(connected)
+    state: dict[Term, Term] = {
+        Atom("connected_nodes"): nodes,
+        Atom("event"): Atom(event),
+        Atom("is_ex_esdb"): is_ex_esdb,
+        Atom("node"): node,
+        Atom("timestamp"): timestamp,
+        Atom("total_nodes"): len(nodes),
+    }
+    return (Atom("cluster_state_changed"), state)
+
+
+def node_health_updated(node: Atom, status: Health, checks: Mapping[str, bool], timestamp: Term) -> Term:
+    """`{:node_health_updated, %NodeHealth{}}` (`health_messages.ex`); `checks` say what passed.
+
+    Load, memory and disk are `nil`: they are not known from outside.
+    """
+    results: dict[Term, Term] = {Atom(check): Atom("pass" if passed else "fail") for check, passed in checks.items()}
+    payload: dict[Term, Term] = {
+        _STRUCT: Atom(f"{_HEALTH_MESSAGES}.NodeHealth"),
+        Atom("checks"): results,
+        Atom("disk_usage"): None,
+        Atom("load_avg"): None,
+        Atom("memory_usage"): None,
+        Atom("node"): node,
+        Atom("status"): Atom(status),
+        Atom("timestamp"): timestamp,
+    }
+    return (Atom("node_health_updated"), payload)
+
+
+def cluster_health_updated(
+    status: Health,
+    healthy_nodes: int,
+    degraded_nodes: Iterable[Atom],
+    unhealthy_nodes: Iterable[Atom],
+    *,
+    quorum: bool,
+    timestamp: Term,
+) -> Term:
+    """`{:cluster_health_updated, %ClusterHealth{}}` (`health_messages.ex`)."""
+    degraded: list[Term] = list(degraded_nodes)
+    unhealthy: list[Term] = list(unhealthy_nodes)
+    payload: dict[Term, Term] = {
+        _STRUCT: Atom(f"{_HEALTH_MESSAGES}.ClusterHealth"),
+        Atom("degraded_nodes"): degraded,
+        Atom("healthy_nodes"): healthy_nodes,
+        Atom("quorum_status"): Atom("available" if quorum else "lost"),
+        Atom("status"): Atom(status),
+        Atom("timestamp"): timestamp,
+        Atom("total_nodes"): healthy_nodes + len(degraded) + len(unhealthy),
+        Atom("unhealthy_nodes"): unhealthy,
+    }
+    return (Atom("cluster_health_updated"), payload)
 
 
 def _selector_hash(selector: Term) -> bytes:

@@ -62,6 +62,21 @@ def sign(message: Term, secret: str, written_for: Format = Format.OTP_25) -> Ter
     return (SECURE_MESSAGE, _mac(secret, term_to_binary(message, written_for, sort_keys=True)), message)
 
 
+def sign_as_written(message: Term, written: bytes, secret: str) -> Term:
+    """`{:secure_message, signature, message}` over `written`, the bytes `term_to_binary(message)` gave on the node that
+    is to believe it: right for every release and any map.
+
+    Raises `MessageRefused` if those bytes say anything else, lest a node has us sign what we never said.
+    """
+    try:
+        same = etf.decode(written) == message
+    except ErlError:
+        same = False
+    if not same:
+        raise MessageRefused("invalid_format")
+    return (SECURE_MESSAGE, _mac(secret, written), message)
+
+
 def verify(message: Term, secret: str) -> Term:
     """The message inside, if it may be believed; raises `MessageRefused` where the original answers `{:error, reason}`.
 
