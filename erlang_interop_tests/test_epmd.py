@@ -183,7 +183,7 @@ async def _only(node: Node, port: int) -> bool:
 
 
 async def test_the_next_node_serves_when_the_one_with_the_epmd_ends(beam: Beams) -> None:
-    options = NodeOptions(epmd_port=free_port())
+    options = NodeOptions(epmd_port=free_port(), epmd_grace_s=0.1)
     await beam.use_epmd_port(options.epmd_port)
     first = make_node(unique_name("first"), cookie=beam.cookie, options=options)
     await first.start()
@@ -211,7 +211,7 @@ async def _pings(peer: BeamNode, node: Node) -> bool:
 
 
 async def test_a_node_uses_the_real_epmd_while_there_is_one(epmd: Epmd) -> None:
-    options = NodeOptions(epmd_port=epmd.port)
+    options = NodeOptions(epmd_port=epmd.port, epmd_grace_s=0.1)
     async with make_node(unique_name("py"), cookie="secret", options=options) as node:
         short = str(node.name).partition("@")[0]
         assert set(await epmd.names()) == {short}
@@ -222,3 +222,54 @@ async def test_a_node_uses_the_real_epmd_while_there_is_one(epmd: Epmd) -> None:
         await wait_until(lambda: _registered(epmd.port, {short}), 10.0, what="the node registered at its own EPMD")
         _, refused = await run_epmd(epmd.port, "-kill")
         assert "Killing not allowed" in refused
+
+
+async def test_a_real_epmd_that_is_restarted_gets_its_port_and_all_nodes_back(
+    epmd: Epmd, beam: Beams, otp: int
+) -> None:
+    await beam.use_epmd_port(epmd.port)
+    peer = await beam.start("erlang", otp=otp)
+    async with make_node(unique_name("py"), cookie=beam.cookie, options=NodeOptions(epmd_port=epmd.port)) as node:
+        creation = node.creation
+        expected = {str(name).partition("@")[0] for name in (node.name, peer.name)}
+        assert set(await epmd.names()) == expected
+        await epmd.stop()
+        await epmd.start()
+        await wait_until(lambda: _registered(epmd.port, expected), 20.0, what=f"{expected} registered again")
+        assert node.creation == creation
+        assert node._epmd is None
+        assert await peer.eval("net_adm:ping(N)", N=node.name) is Atom("pong")
+
+
+async def test_a_real_epmd_takes_the_place_of_a_built_in_that_ends(beam: Beams, otp: int) -> None:
+    options = NodeOptions(epmd_port=free_port())
+    await beam.use_epmd_port(options.epmd_port)
+    first = make_node(unique_name("first"), cookie=beam.cookie, options=options)
+    await first.start()
+    peer = await beam.start("erlang", otp=otp)
+    alive = str(peer.name).partition("@")[0]
+    # While the built-in one is there, a real one that is started ends at once.
+    await run_epmd(options.epmd_port, "-address", LOOPBACK)
+    assert await _registered(options.epmd_port, {str(first.name).partition("@")[0], alive})
+    await first.stop()
+    async with Epmd(options.epmd_port) as real:
+        await wait_until(lambda: _registered(real.port, {alive}), 20.0, what=f"{alive} registered at the real one")
+        async with make_node(str(first.name), cookie=beam.cookie, options=options) as again:
+            assert set(await real.names()) == {alive, str(again.name).partition("@")[0]}
+            assert await peer.eval("net_adm:ping(N)", N=again.name) is Atom("pong")
+            again.disconnect(peer.atom)
+            await again.connect(peer.atom)
+
+
+async def test_nodes_register_again_when_the_node_with_the_built_in_is_restarted(beam: Beams, otp: int) -> None:
+    options = NodeOptions(epmd_port=free_port())
+    await beam.use_epmd_port(options.epmd_port)
+    name = unique_name("py")
+    async with make_node(name, cookie=beam.cookie, options=options):
+        peer = await beam.start("erlang", otp=otp)
+    async with make_node(name, cookie=beam.cookie, options=options) as again:
+        expected = {str(each).partition("@")[0] for each in (name, peer.name)}
+        await wait_until(lambda: _registered(options.epmd_port, expected), 20.0, what=f"{expected} registered again")
+        assert await peer.eval("net_adm:ping(N)", N=again.name) is Atom("pong")
+        again.disconnect(peer.atom)
+        await again.connect(peer.atom)

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 from node_kit import COOKIE, Collector, free_port, running, two_nodes, unique_name, wait_until
+from structlog.testing import capture_logs
 
 from gater.erl import Node, NodeOptions, control, etf, make_node
-from gater.erl.epmd import NameTaken, names
+from gater.erl.epmd import BuiltinEpmd, EpmdUnavailable, NameTaken, names
 from gater.erl.errors import EncodeError, HandshakeError, NodeError, NotConnected
 from gater.erl.handshake import OUR_FLAGS, Completed, Handshake, LocalIdentity, Send, StatusReceived
 from gater.erl.peers import MAX_HANDSHAKES
@@ -125,11 +126,27 @@ async def test_two_nodes_that_start_at_once_share_one_epmd() -> None:
 
 
 async def test_a_node_registers_again_when_epmd_goes_with_the_node_that_ran_it() -> None:
-    async with running(unique_name(), unique_name()) as (one, two):
+    async with running(unique_name(), unique_name(), options=NodeOptions(epmd_grace_s=0.0)) as (one, two):
         creation = two.creation
-        await one.stop()
-        await wait_until(lambda: _registered_or_gone(two))
+        with capture_logs() as logs:
+            await one.stop()
+            await wait_until(lambda: _registered_or_gone(two))
         assert two.creation == creation
+        left = [entry["registered"] for entry in logs if entry["event"] == "builtin_epmd_ends"]
+        assert left == [[str(two.name).partition("@")[0]]]
+
+
+async def test_the_port_of_a_lost_epmd_is_left_free_for_the_next_one() -> None:
+    async with running(unique_name(), unique_name(), options=NodeOptions(epmd_grace_s=60.0)) as (one, two):
+        await one.stop()
+        await wait_until(lambda: two._registering is not None)
+        with pytest.raises(EpmdUnavailable):
+            await two._register_with_epmd(False)
+        restarted = BuiltinEpmd()
+        await restarted.start(["127.0.0.1"], two.options.epmd_port)
+        await wait_until(lambda: _registered_or_gone(two))
+        assert two._epmd is None
+        await restarted.close()
 
 
 async def _registered_or_gone(node: Node) -> bool:

@@ -56,6 +56,10 @@ REGISTER_PAUSE_S: Final = 0.05
 REGISTER_AGAIN_S: Final = (0.2, 10.0)
 """First and longest pause before registering again after EPMD was lost; doubled in between."""
 
+EPMD_GRACE_S: Final = 3.0
+"""After EPMD was lost its port is left free this long for one that is being restarted, which would otherwise find the
+port taken, and end. BEAM nodes try again every 2 s; a service manager starts a program anew in less."""
+
 _PID_NUMBERS: Final = 1 << 28
 _REFERENCE_WORD0: Final = 1 << 18
 _WORD: Final = 1 << 32
@@ -110,6 +114,8 @@ class NodeOptions:
     epmd_port: int = 4369
     builtin_epmd: bool = True
     """Start an EPMD in this process when none listens."""
+    epmd_grace_s: float = EPMD_GRACE_S
+    """How long to wait for another EPMD before that, when the one that was there is lost."""
     epmd_listen_hosts: tuple[str, ...] = ()
     """Addresses the built-in EPMD listens on; none: `epmd_host`."""
     max_peers: int = MAX_PEERS
@@ -231,7 +237,7 @@ class Node:
         self.started_at = self._loop.time()
         try:
             await self._listen(self._loop)
-            registration = await self._register_with_epmd()
+            registration = await self._register_with_epmd(self.options.builtin_epmd)
         except BaseException:
             for server in self._servers:
                 server.close()
@@ -271,7 +277,8 @@ class Node:
             raise NodeError(f"the node {self.name} has not been started")
         return int(self._servers[0].sockets[0].getsockname()[1])
 
-    async def _register_with_epmd(self) -> Registration:
+    async def _register_with_epmd(self, may_serve: bool) -> Registration:
+        """Register, at a built-in EPMD if none listens and `may_serve` allows to start one."""
         short = self.name.name.partition("@")[0]
         host, port = self.epmd_host, self.options.epmd_port
         for tries_left in reversed(range(REGISTER_TRIES)):
@@ -281,7 +288,7 @@ class Node:
                 )
                 return self._registration
             except EpmdUnavailable:
-                if not tries_left or not self.options.builtin_epmd:
+                if not tries_left or not may_serve:
                     raise
             epmd = BuiltinEpmd()
             try:
@@ -302,9 +309,10 @@ class Node:
         """Register until it succeeds. The creation stays what it was, as in a BEAM: pids and references in other
         nodes' hands carry it, and they are as valid as before."""
         pause_s, longest_s = REGISTER_AGAIN_S
+        serve_from = self.loop.time() + self.options.epmd_grace_s
         while not self._stopping:
             try:
-                await self._register_with_epmd()
+                await self._register_with_epmd(self.options.builtin_epmd and self.loop.time() >= serve_from)
             except NodeError as error:
                 log.warning("epmd_registration_failed", node=str(self.name), error=str(error), again_in_s=pause_s)
                 await asyncio.sleep(pause_s)
@@ -329,6 +337,9 @@ class Node:
         if self._registration is not None:
             self._registration.close()
         if self._epmd is not None:
+            others = sorted(self._epmd.nodes.keys() - {self.name.name.partition("@")[0]})
+            if others:
+                log.warning("builtin_epmd_ends", node=str(self.name), port=self.options.epmd_port, registered=others)
             await self._epmd.close()
 
     # Peers
