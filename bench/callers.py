@@ -83,14 +83,13 @@ class Figures:
         return self.server_cpu_s / len(self.latencies_ns) * 1e9
 
 
-async def load_bench_module(*nodes: BeamNode) -> None:
-    """Compile `gater_bench.erl` into these nodes."""
-    for node in nodes:
-        await node.eval(
-            "{ok, Module, Binary} = compile:file(binary_to_list(Source), [binary, return_errors]),"
-            '{module, _} = code:load_binary(Module, "gater_bench.erl", Binary), ok',
-            Source=str(ROOT / "bench" / "gater_bench.erl").encode(),
-        )
+async def load_bench_module(node: BeamNode, name: str = "gater_bench") -> None:
+    """Compile a module of this directory into a node."""
+    await node.eval(
+        "{ok, Module, Binary} = compile:file(binary_to_list(Source), [binary, return_errors]),"
+        "{module, _} = code:load_binary(Module, binary_to_list(Source), Binary), ok",
+        Source=str(ROOT / "bench" / f"{name}.erl").encode(),
+    )
 
 
 async def measure(

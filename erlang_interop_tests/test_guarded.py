@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from erlang_interop_tests.beam import BeamNode, Beams
 from erlang_interop_tests.standin import DEFAULT_STORE, StandInCluster
 from gater.api import guarded
 from gater.api.schema import NewEvent
-from gater.erl.terms import Atom, Term
+from gater.erl.etf import encode_term
+from gater.erl.terms import Atom, EncodedTerm, Term
 
 STORE = Atom(DEFAULT_STORE)
 STREAM = b"stream"
@@ -19,7 +21,18 @@ WRITTEN, REFUSED, AHEAD, FAILED = Atom("written"), Atom("refused"), Atom("ahead"
 _EVALUATE = """
 {:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
 {:ok, forms} = :erl_parse.parse_exprs(tokens)
-bindings = [Again: again, Events: events, First: first, Store: store, Stream: stream, TimeoutMs: 1_000]
+bindings = [Again: again, Events: events, First: first, Mine: mine, Store: store, Stream: stream, TimeoutMs: 1_000]
+
+try do
+  :erl_eval.exprs(forms, bindings)
+catch
+  thrown -> thrown
+end
+"""
+
+_EVALUATE_QUICK = """
+{:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
+{:ok, forms} = :erl_parse.parse_exprs(tokens)
 
 try do
   :erl_eval.exprs(forms, bindings)
@@ -29,12 +42,22 @@ end
 """
 
 
-async def write(node: BeamNode, first: int, *events: Term, again: bool = False) -> Any:
+async def quick(node: BeamNode, first: int, *events: Term, wanted: bool = True) -> Any:
+    """What the expression of a first attempt throws."""
+    forms = guarded.Forms(EncodedTerm(encode_term(None)), EncodedTerm(encode_term(None)))
+    _, _, (_, bindings) = guarded.quick_call(
+        forms, STORE, STREAM, list(events), len(events), first, records=wanted, timeout_ms=1_000
+    )
+    return await node.eval(_EVALUATE_QUICK, source=guarded.QUICK.encode(), bindings=bindings)
+
+
+async def write(node: BeamNode, first: int, *events: Term, again: bool = False, mine: Sequence[Term] = ()) -> Any:
     """What the expression throws."""
     return await node.eval(
         _EVALUATE,
         source=guarded.SOURCE.encode(),
         again=again,
+        mine=list(mine),
         events=list(events),
         first=first,
         store=STORE,
@@ -55,6 +78,26 @@ async def test_events_are_written_one_after_the_other(standin: StandInCluster) -
     assert await write(node, 0, event("a"), event("b")) == (WRITTEN, 1)
     assert await write(node, 2, event("c")) == (WRITTEN, 2)
     assert await ids(standin) == [b"a", b"b", b"c"]
+
+
+async def test_a_first_attempt_answers_what_it_has_stored(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    written, last, records = await quick(node, 0, event("a"), event("b"))
+    assert (written, last) == (WRITTEN, 1)
+    assert await quick(node, 2, event("c"), wanted=False) == (WRITTEN, 2, [])
+    stored = await standin.events(STREAM.decode())
+    assert records == stored[:2]
+    assert await ids(standin) == [b"a", b"b", b"c"]
+
+
+async def test_a_first_attempt_stops_where_somebody_elses_event_is(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    await write(node, 0, event("a"), event("theirs"))
+    stopped, mine = await quick(node, 1, event("x"), event("y"))
+    assert (stopped, [each[Atom("event_id")] for each in mine]) == (Atom("stopped"), [b"x"])
+    assert await write(node, 1, event("x"), event("y"), mine=mine) == (REFUSED, 1, 2)
+    assert (await quick(node, 5, event("x")))[0] is Atom("stopped")
+    assert await ids(standin) == [b"a", b"theirs"]
 
 
 async def test_records_equal_those_of_the_workers_own_appends(standin: StandInCluster) -> None:
@@ -171,3 +214,15 @@ async def test_a_put_that_khepri_repeated_is_known_by_its_record(repeating: Beam
     # Of another evaluation it is somebody else's.
     assert await write(repeating, 0, event("a")) == (REFUSED, 0, 2)
     assert await write(repeating, 0, event("a"), again=True) == (WRITTEN, 0)
+
+
+async def test_a_first_attempt_that_khepri_repeated_is_known_by_its_records(repeating: BeamNode) -> None:
+    stopped, mine = await quick(repeating, 0, event("a"), event("b"))
+    assert stopped is Atom("stopped")
+    assert await write(repeating, 0, event("a"), event("b"), mine=mine) == (WRITTEN, 1)
+
+
+async def test_a_first_attempt_that_nobody_answers_has_failed(standin_of_three: StandInCluster) -> None:
+    await standin_of_three.kill(1)
+    await standin_of_three.kill(2)
+    assert (await quick(standin_of_three.members[0], 0, event("a")))[0] is FAILED

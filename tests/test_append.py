@@ -41,7 +41,7 @@ class Record(NamedTuple):
     made: int
 
 
-# The guarded expression (guarded.SOURCE), one operation at a time
+# The guarded expressions (guarded.QUICK and guarded.SOURCE), one operation at a time
 
 
 @dataclass
@@ -72,6 +72,23 @@ Evaluation = Generator[Operation, Any, tuple[Any, ...]]
 
 
 def guarded_expression(stream: int, first: int, ids: list[str], again: bool, made: Iterator[int]) -> Evaluation:
+    """Both: the quick one where it is a first attempt, and the whole one when that stops."""
+    if again:
+        return (yield from whole_expression(stream, first, ids, again, made, []))
+    mine: list[Record] = []
+    for number, id_ in enumerate(ids, first):
+        mine.append(Record(id_, next(made)))
+        put = yield Put(stream, number, mine[-1])
+        if put == "refused":
+            return (yield from whole_expression(stream, first, ids, again, made, mine))
+        if put != "ok":
+            return ("failed",)
+    return ("written", first + len(ids) - 1)
+
+
+def whole_expression(
+    stream: int, first: int, ids: list[str], again: bool, made: Iterator[int], mine: list[Record]
+) -> Evaluation:
     number = first
     for id_ in ids:
         record = Record(id_, next(made))
@@ -80,7 +97,7 @@ def guarded_expression(stream: int, first: int, ids: list[str], again: bool, mad
             if not (yield Fence()):
                 return ("failed",)
             stored = yield Get(stream, number)
-            if stored != record and not (again and stored is not None and stored.id == id_):
+            if stored != record and stored not in mine and not (again and stored is not None and stored.id == id_):
                 count = yield Count(stream)
                 return ("ahead" if stored is None else "refused", number, count)
         elif put != "ok":

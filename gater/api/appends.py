@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -152,11 +152,13 @@ class _AppendCall:
         "_on_reply",
         "_pending",
         "_plan",
+        "_records",
         "_request",
         "_service",
         "_task",
         "_timer",
         "_writing_on",
+        "_wrote_in_vain",
         "beginning",
         "key",
     )
@@ -175,6 +177,10 @@ class _AppendCall:
         self._all_tried = False
         self._node: Atom | None = None
         self._writing_on: Atom | None = None
+        self._wrote_in_vain = False
+        """Whether a write was refused: there are other writers, and the next write may be refused too."""
+        self._records: list[Term] = []
+        """What was stored, if somebody wanted to know."""
         self._pending: PendingRpc | PendingCall | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -284,24 +290,54 @@ class _AppendCall:
     def _write_guarded(self, step: Write) -> None:
         node = self._node
         assert node is not None
-        form = self._service.guarded_form(node)
-        assert form is not None
         if not self._appends.may_write(node, self, step):
             return
         self._writing_on = node
         attempt_s = self._attempt_s()
-        mfa = guarded.call(
-            form,
+        timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
+        if step.again or self._wrote_in_vain:
+            self._evaluate(step, self._whole_call(step, (), timeout_ms), attempt_s)
+        else:
+            mfa = guarded.quick_call(
+                self._forms(),
+                self._store,
+                self._stream,
+                self._events,
+                len(self._request.term[-1]),
+                step.first,
+                records=self._service.follows(self._store),
+                timeout_ms=timeout_ms,
+            )
+            self._evaluate(step, mfa, attempt_s)
+
+    def _forms(self) -> guarded.Forms:
+        assert self._node is not None
+        forms = self._service.guarded_form(self._node)
+        assert forms is not None
+        return forms
+
+    def _whole_call(self, step: Write, mine: Sequence[Term], timeout_ms: int) -> tuple[Atom, Atom, list[Term]]:
+        return guarded.call(
+            self._forms(),
             self._store,
             self._stream,
             self._events,
             step.first,
             again=step.again,
-            timeout_ms=max(1, round(attempt_s * PUT_SHARE * 1000)),
+            mine=mine,
+            timeout_ms=timeout_ms,
         )
+
+    def _evaluate(self, step: Write, mfa: tuple[Atom, Atom, list[Term]], attempt_s: float) -> None:
+        node = self._node
+        assert node is not None
         self._service.router.breaker(node).probing(self._loop.time())
+
+        def done(result: Term, error: ErlangException | None) -> None:
+            self._guarded_done(step, result, error)
+
         try:
-            self._pending = PendingRpc(self._service.node, node, mfa, self._guarded_done, attempt_s)
+            self._pending = PendingRpc(self._service.node, node, mfa, done, attempt_s)
         except EncodeError as error:
             self._finish(Done(schema.error(schema.invalid_request(f"append_events: {error}"))))
             return
@@ -312,15 +348,26 @@ class _AppendCall:
         if node is not None:
             self._appends.write_ended(node)
 
-    def _guarded_done(self, result: Term, error: ErlangException | None) -> None:
+    def _guarded_done(self, step: Write, result: Term, error: ErlangException | None) -> None:
         self._pending = None
+        if not self.answered and isinstance(error, ErlangThrow):
+            match error.reason:
+                case (kind, list(mine)) if kind is guarded.STOPPED:
+                    # Another writer was there, or Khepri repeated a put: the whole expression tells which.
+                    self._wrote_in_vain = True
+                    attempt_s = self._attempt_s()
+                    timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
+                    self._evaluate(step, self._whole_call(step, mine, timeout_ms), attempt_s)
+                    return
         self._write_over()
         if self.answered:
             return
         if isinstance(error, ErlangThrow):
             match error.reason:
-                case (kind, int(last)) if kind is guarded.WRITTEN:
+                case (kind, int(last), *more) if kind is guarded.WRITTEN:
                     self._node_works()
+                    if more:
+                        self._records = more[0]
                     self.take(self._plan.written(last))
                     return
                 case (kind, int(number), int(count)) if kind is guarded.REFUSED:
@@ -539,6 +586,8 @@ class _AppendCall:
         self._service.done()
         try:
             on_reply(done.reply)
+            if done.reply[0] is schema.OK:
+                self._service.appended(self._store, self._stream, done.reply[1], self._records)
         finally:
             self._appends.finished(self)
 

@@ -7,13 +7,18 @@ there, nothing is installed); it writes one event after the other under these co
 refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
 therefore it holds against every writer but one that puts without conditions.
 
+There are two expressions. `QUICK` is for the first attempt and only writes; `SOURCE` can also find out what became of
+earlier attempts and what a refusal means, which makes it four times as expensive to evaluate even when nothing of that
+is needed: `erl_eval` looks through the body of a fun whenever it makes one.
+
 The result leaves the expression as a thrown term: `erl_eval` would return all bindings, the events among them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 from gater.erl.errors import CallError
 from gater.erl.etf import encode_term
@@ -69,7 +74,8 @@ Write = fun Write(Number, []) ->
                             {ok, Record} ->
                                 Write(Number + 1, Events);
                             {ok, Other} ->
-                                case Again andalso is_map(Other) andalso Timeless(Other) =:= Timeless(Record) of
+                                Same = Again andalso is_map(Other) andalso Timeless(Other) =:= Timeless(Record),
+                                case Same orelse lists:member(Other, Mine) of
                                     true -> Write(Number + 1, Events);
                                     false -> Refuse(refused, Number)
                                 end
@@ -88,13 +94,39 @@ Write(First, Events).
     {failed, Number, Problem}  nobody knows whether this number has been written
 
 A refused put may have been stored all the same: Khepri sends a command again when the leader it was sent to goes down,
-and the second one finds the first one's event. Such an event is this very record, to the microsecond. With `Again` an
-earlier attempt may have stored it, at another time; otherwise it is equal.
+and the second one finds the first one's event. Such an event is this very record, to the microsecond, or one of those
+that `QUICK` made (`Mine`). With `Again` an earlier attempt may have stored it, at another time; otherwise it is equal.
+"""
+
+QUICK: Final = """
+Write = fun Write([Event | Events], [{Number, Path} | Places], Records) ->
+                Now = 'Elixir.DateTime':utc_now(),
+                Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
+                Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
+                case khepri:put(Store, Path, Record, Options) of
+                    ok -> Write(Events, Places, [Record | Records]);
+                    {error, {khepri, Reason, _}} when Reason =:= mismatching_node; Reason =:= node_not_found ->
+                        throw({stopped, [Record | Records]});
+                    Problem -> throw({failed, Number, Problem})
+                end;
+            Write([], [], Records) when Wanted ->
+                throw({written, Last, lists:reverse(Records)});
+            Write([], [], _) ->
+                throw({written, Last, []})
+        end,
+Write(Events, Places, []).
+"""
+"""Ends by throwing one of
+
+    {written, Last, Records}   every event is stored, the last one as this number; the records if they are `Wanted`
+    {stopped, Records}         a put was refused: `SOURCE` has to say why; the records made so far, the last one first
+    {failed, Number, Problem}  nobody knows whether this number has been written
 """
 
 STREAMS: Final = Atom("streams")
 CHILD_LIST_LENGTH: Final = Atom("child_list_length")
 WRITTEN: Final = Atom("written")
+STOPPED: Final = Atom("stopped")
 REFUSED: Final = Atom("refused")
 AHEAD: Final = Atom("ahead")
 _FUNCTIONS: Final = (
@@ -108,10 +140,21 @@ _FUNCTIONS: Final = (
 
 ERL_EVAL: Final = Atom("erl_eval")
 EXPRS: Final = Atom("exprs")
+_IF_ALL: Final = Atom("if_all")
+_NOTHING_THERE: Final = (Atom("if_node_exists"), False)
+_CHILDREN: Final = Atom("if_child_list_length")
+_TIMEOUT: Final = Atom("timeout")
 
 
-async def prepare(node: Node, peer: Atom, timeout_s: float) -> EncodedTerm | None:
-    """The parsed expression for `peer`, which parses it itself; None if that node cannot evaluate it.
+class Forms(NamedTuple):
+    """The two expressions, parsed by the node that is to evaluate them."""
+
+    quick: EncodedTerm
+    whole: EncodedTerm
+
+
+async def prepare(node: Node, peer: Atom, timeout_s: float) -> Forms | None:
+    """The parsed expressions for `peer`, which parses them itself; None if that node cannot evaluate them.
 
     Raises `ErlangException` when the node does not answer.
     """
@@ -127,9 +170,12 @@ async def prepare(node: Node, peer: Atom, timeout_s: float) -> EncodedTerm | Non
     )
     if not all(answer is True for answer in exported):
         return None
-    scanned = await erpc_call(node, peer, "erl_scan", "string", [list(SOURCE.encode())], timeout_s=timeout_s)
-    parsed = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
-    return EncodedTerm(encode_term(parsed[1]))
+    parsed = []
+    for source in (QUICK, SOURCE):
+        scanned = await erpc_call(node, peer, "erl_scan", "string", [list(source.encode())], timeout_s=timeout_s)
+        _, forms = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
+        parsed.append(EncodedTerm(encode_term(forms)))
+    return Forms(*parsed)
 
 
 async def version(node: Node, peer: Atom, store: Atom, stream: bytes, timeout_s: float) -> int:
@@ -149,16 +195,51 @@ async def version(node: Node, peer: Atom, store: Atom, stream: bytes, timeout_s:
     raise CallError(answer, f"{peer} does not say at which version the stream is: {answer!r}")
 
 
-def call(
-    forms: EncodedTerm, store: Atom, stream: bytes, events: Term, first: int, *, again: bool, timeout_ms: int
+def quick_call(
+    forms: Forms, store: Atom, stream: bytes, events: Term, count: int, first: int, *, records: bool, timeout_ms: int
 ) -> tuple[Atom, Atom, list[Term]]:
-    """The module, function and arguments of one guarded append. `events` are the NewEvents, encoded or not."""
+    """The module, function and arguments of a first attempt. `events` are `count` NewEvents, encoded or not; `records`:
+    whether to answer what was stored."""
+    bindings = [
+        (Atom("Again"), False),
+        (Atom("Events"), events),
+        (Atom("First"), first),
+        (Atom("Last"), first + count - 1),
+        (Atom("Options"), {_TIMEOUT: timeout_ms}),
+        (Atom("Places"), [(number, _path(stream, number)) for number in range(first, first + count)]),
+        (Atom("Store"), store),
+        (Atom("Stream"), stream),
+        (Atom("Wanted"), records),
+    ]
+    return (ERL_EVAL, EXPRS, [forms.quick, bindings])
+
+
+def call(
+    forms: Forms,
+    store: Atom,
+    stream: bytes,
+    events: Term,
+    first: int,
+    *,
+    again: bool,
+    mine: Sequence[Term] = (),
+    timeout_ms: int,
+) -> tuple[Atom, Atom, list[Term]]:
+    """The module, function and arguments of one guarded append. `events` are the NewEvents, encoded or not; `mine` the
+    records of the first attempt, which has stopped."""
     bindings = [
         (Atom("Again"), again),
         (Atom("Events"), events),
         (Atom("First"), first),
+        (Atom("Mine"), list(mine)),
         (Atom("Store"), store),
         (Atom("Stream"), stream),
         (Atom("TimeoutMs"), timeout_ms),
     ]
-    return (ERL_EVAL, EXPRS, [forms, bindings])
+    return (ERL_EVAL, EXPRS, [forms.whole, bindings])
+
+
+def _path(stream: bytes, number: int) -> list[Term]:
+    """Where event `number` is put: only while nothing is there, and the stream has exactly so many events."""
+    place = (_IF_ALL, [b"%06d" % number, _NOTHING_THERE])
+    return [STREAMS, stream if number == 0 else (_IF_ALL, [stream, (_CHILDREN, number)]), place]

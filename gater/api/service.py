@@ -28,7 +28,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import structlog
 
-from gater.api import schema
+from gater.api import guarded, schema
 from gater.api.appends import Appends, events_to_send
 from gater.api.router import Router, Worker
 from gater.api.schema import Rejected, Request, check_request
@@ -88,7 +88,9 @@ class SubscriptionDoor(Protocol):
 
     def cast(self, request: Request, on_taken: OnTaken, /) -> bool: ...
 
-    def appended(self, store: Atom, stream: bytes, version: int, /) -> None: ...
+    def follows(self, store: Atom, /) -> bool: ...
+
+    def appended(self, store: Atom, stream: bytes, version: int, records: Sequence[Term], /) -> None: ...
 
 
 class Registries(Protocol):
@@ -116,8 +118,8 @@ class Service:
         self.registries: Registries | None = None
         self.subscriptions: SubscriptionDoor | None = None
         self.append_mode: AppendMode = append_mode
-        self.guarded_forms: dict[Atom, EncodedTerm | None] = {}
-        """Store nodes that were asked how they append: the expression they have parsed for us, None if they cannot."""
+        self.guarded_forms: dict[Atom, guarded.Forms | None] = {}
+        """Store nodes that were asked how they append: the expressions they have parsed for us, None if they cannot."""
         self.quorum: Callable[[Atom], Term | None] = lambda store: None
         """Why a store must not be written to now (the details of `no_quorum`), or None."""
         self._appends = Appends(self)
@@ -164,8 +166,6 @@ class Service:
         if checked.op in schema.GATER_OPS and self.subscriptions is not None:
             self.subscriptions.call(checked, on_reply)
             return
-        if self.subscriptions is not None and checked.op == "append_events":
-            on_reply = _telling(self.subscriptions, checked, on_reply)
         self._under_way += 1
         to_send = raw if raw is not None and checked.term is request else checked.term
         allowed_s = self.timeout_s if timeout_s is None else timeout_s
@@ -173,6 +173,8 @@ class Service:
             deadline = asyncio.get_running_loop().time() + allowed_s
             self._append(checked, to_send, on_reply, deadline)
         else:
+            if checked.op == "append_events":
+                on_reply = self._telling(checked, on_reply)
             _Call(self, checked, to_send, on_reply, allowed_s).begin()
 
     def _append(
@@ -183,12 +185,32 @@ class Service:
         if request.store in self.router.stores or (refreshed and not self.router.serves_all):
             self._appends.submit(request, events_to_send(request.term, term), on_reply, left_s)
         elif self.router.serves_all:
-            _Call(self, request, term, on_reply, left_s).begin()
+            _Call(self, request, term, self._telling(request, on_reply), left_s).begin()
         else:
             self.refresh(lambda: self._append(request, term, on_reply, deadline, refreshed=True))
 
-    def guarded_form(self, node: Atom) -> EncodedTerm | None:
-        """The expression for guarded appends on `node`; None if its workers' appends are to be used."""
+    def _telling(self, request: Request, on_reply: OnReply) -> OnReply:
+        """`on_reply`, and the subscriptions are told where the stream stands after an append."""
+        store, stream = request.store, request.stream
+
+        def answered(reply: Term) -> None:
+            on_reply(reply)
+            if type(reply) is tuple and reply[0] is schema.OK and store is not None and stream is not None:
+                self.appended(store, stream, decoded(reply[1]))
+
+        return answered
+
+    def follows(self, store: Atom) -> bool:
+        """Whether somebody here wants to know what is appended to `store`, and not only that."""
+        return self.subscriptions is not None and self.subscriptions.follows(store)
+
+    def appended(self, store: Atom, stream: bytes, version: Term, records: Sequence[Term] = ()) -> None:
+        """An append is done: the stream is at this version, `records` are its last events if they are known."""
+        if self.subscriptions is not None and type(version) is int and version >= 0:
+            self.subscriptions.appended(store, stream, version, records)
+
+    def guarded_form(self, node: Atom) -> guarded.Forms | None:
+        """The expressions for guarded appends on `node`; None if its workers' appends are to be used."""
         return None if self.append_mode == "worker" else self.guarded_forms.get(node)
 
     def unfit_for_writes(self, store: Atom) -> set[Atom]:
@@ -501,19 +523,6 @@ class _Call:
         self._timer.cancel()
         self._service.done()
         on_reply(reply)
-
-
-def _telling(subscriptions: SubscriptionDoor, request: Request, on_reply: OnReply) -> OnReply:
-    """`on_reply`, and the subscriptions are told where the stream stands after an append."""
-
-    def answered(reply: Term) -> None:
-        on_reply(reply)
-        if type(reply) is tuple and reply[0] is schema.OK and request.store is not None and request.stream is not None:
-            version = decoded(reply[1])
-            if type(version) is int and version >= 0:
-                subscriptions.appended(request.store, request.stream, version)
-
-    return answered
 
 
 def decoded(term: Term) -> Term:

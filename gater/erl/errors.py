@@ -99,7 +99,11 @@ class CallError(ErlError):
 
     def __init__(self, reason: Any, message: str | None = None) -> None:
         self.reason = reason
-        super().__init__(message if message is not None else f"call failed: {shown(reason)}")
+        super().__init__(*(() if message is None else (message,)))
+
+    def __str__(self) -> str:
+        # Made when somebody reads it: what is thrown is often an answer, and a large one.
+        return super().__str__() if self.args else f"call failed: {shown(self.reason)}"
 
 
 class CallTimeout(CallError):

@@ -10,7 +10,7 @@ checkpoint (`saved.py`) and goes on with the same subscribers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -22,7 +22,7 @@ from gater.api.schema import Rejected, Request
 from gater.api.service import OnReply, OnTaken, Service
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.matching import SelectorError, compile_selector
-from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy
+from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, event_of
 from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
 from gater.api.subscriptions.shell import StoreFeed
 from gater.erl.errors import CallError
@@ -193,9 +193,14 @@ class Subscriptions:
 
     # Hints
 
-    def appended(self, store: Atom, stream: bytes, version: int) -> None:
+    def follows(self, store: Atom) -> bool:
+        """Whether the records of what is appended are of use here."""
+        feed = self._feeds.get(store)
+        return feed is not None and not feed.is_empty
+
+    def appended(self, store: Atom, stream: bytes, version: int, records: Sequence[Term] = ()) -> None:
         """An append that went through this gateway: a hint for us and, once a turn of the loop, for the others."""
-        self._hint(store, stream, version)
+        self._hint(store, stream, version, records)
         if self._pubsub is not None:
             if not self._told:
                 asyncio.get_running_loop().call_soon(self._tell_others)
@@ -228,10 +233,13 @@ class Subscriptions:
             if type(stream) is bytes and type(number) is int and number >= 0:
                 self._hint(store, stream, number)
 
-    def _hint(self, store: Atom, stream: bytes, version: int) -> None:
+    def _hint(self, store: Atom, stream: bytes, version: int, records: Sequence[Term] = ()) -> None:
         feed = self._feeds.get(store)
-        if feed is not None:
-            feed.give(Hint(stream, version))
+        if feed is not None and not feed.is_empty:
+            try:
+                feed.give(Hint(stream, version, [event_of(record) for record in records]))
+            except schema.SchemaError:
+                feed.give(Hint(stream, version))
 
     # Requests
 

@@ -84,6 +84,11 @@ class StoreFeed:
     def __contains__(self, key: Key) -> bool:
         return key in self._feed
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no subscription."""
+        return not len(self._feed)
+
     def status(self, key: Key) -> p.Status | None:
         """How a subscription stands."""
         return self._feed.status(key)
