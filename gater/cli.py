@@ -27,6 +27,8 @@ _VALUE_FLAGS: Final = {
     "--log-level": "log_level",
     "--log-format": "log_format",
     "--connect": "connect",
+    "--dns-query": "dns_query",
+    "--dns-node-basename": "dns_node_basename",
     "--store": "stores",
     "--embedded": "embedded",
 }
@@ -121,6 +123,8 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--store", dest="stores", action="append", metavar="ID", help="a store of the embedded store; repeatable"
     )
+    command.add_argument("--dns-query", metavar="NAME", help="connect to a node at each A record of this DNS name ...")
+    command.add_argument("--dns-node-basename", metavar="NAME", help="... named NAME@ADDRESS")
     command.add_argument("--no-gossip", action="store_true", help="do not look for nodes by gossip")
     command.add_argument("--epmd-port", metavar="PORT", help="port of EPMD (default 4369)")
     command.add_argument("--log-level", metavar="LEVEL", help="debug, info (default), warning, error or critical")

@@ -41,6 +41,12 @@ DEFAULT_GOSSIP_MULTICAST_ADDR: Final = "239.255.0.1"
 DEFAULT_CLUSTER_SECRET: Final = "dev_cluster_secret"
 """The original's, so that a development cluster is found without a setting."""
 
+DEFAULT_DNS_POLLING_INTERVAL_MS: Final = 5_000
+"""As libcluster's DNSPoll."""
+
+MAX_DNS_POLLING_INTERVAL_MS: Final = 150_000
+"""A node found by DNS is forgotten when it was not named for five minutes; one failed query must not do that."""
+
 DEFAULT_PUB_SUB: Final = "ex_esdb_events"
 DEFAULT_STORE: Final = "ex_esdb_store"
 DEFAULT_EMBEDDED_DIR: Final = Path("gater-data")
@@ -57,6 +63,9 @@ DEFAULT_HTTP_PORT: Final = 4001
 MAX_ATOM_CHARACTERS: Final = 255
 """Node names, store names and cookies are atoms on the BEAM."""
 
+MAX_DNS_CHARACTERS: Final = 253
+"""Of a DNS name (RFC 1035, section 2.3.4, as text)."""
+
 MAX_LIST_ITEMS: Final = 1_000
 """Nodes or stores in one list; far above any cluster, and small enough to print."""
 
@@ -72,6 +81,7 @@ NOT_SET: Final = "(none)"
 _FLAG_OF: Final = {"long": "--name", "short": "--sname"}
 _NODE_HEAD: Final = re.compile(r"[0-9A-Za-z_-]+")
 _NODE_HOST: Final = re.compile(r"[!-?A-~]+")
+_DNS_NAME: Final = re.compile(r"(?!-)[0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63})*\.?")
 _PLAIN_NAME: Final = re.compile(r"[^\s,:\x00-\x1f\x7f][^\s,\x00-\x1f\x7f]*")
 _COOKIE: Final = re.compile(r"([ -~]*)[\r\n ]*")
 """What OTP's `auth:check_cookie/2` takes: printable ASCII, then line ends and spaces, which do not count."""
@@ -168,6 +178,20 @@ def _parse_ip(value: object) -> str:
 
 def _parse_ipv4(value: object) -> str:
     return str(ipaddress.IPv4Address(_text(value)))
+
+
+def _parse_dns_name(value: object) -> str:
+    text = _text(value)
+    if text and (len(text) > MAX_DNS_CHARACTERS or not _DNS_NAME.fullmatch(text)):
+        raise ValueError
+    return text
+
+
+def _parse_node_basename(value: object) -> str:
+    text = _text(value)
+    if text and (len(text) > MAX_DNS_CHARACTERS - len("@255.255.255.255") or not _NODE_HEAD.fullmatch(text)):
+        raise ValueError
+    return text
 
 
 def _optional(kind: Kind) -> Kind:
@@ -364,6 +388,27 @@ class Settings:
         env=("EX_ESDB_CLUSTER_SECRET",),
         secret=True,
     )
+    dns_query: str = _setting(
+        "",
+        "dns.query",
+        Kind("a DNS name", _parse_dns_name),
+        "DNS name whose A records are nodes to connect to; empty: DNS is not asked",
+        env=("EX_ESDB_GATER_DNS_QUERY",),
+    )
+    dns_node_basename: str = _setting(
+        "",
+        "dns.node_basename",
+        Kind("the part of a node's name before the @: letters, digits, _ and -", _parse_node_basename),
+        "what stands before the @ in the names of those nodes",
+        env=("EX_ESDB_GATER_DNS_NODE_BASENAME",),
+    )
+    dns_polling_interval_ms: int = _setting(
+        DEFAULT_DNS_POLLING_INTERVAL_MS,
+        "dns.polling_interval_ms",
+        _whole(100, MAX_DNS_POLLING_INTERVAL_MS, "(milliseconds)"),
+        "how often DNS is asked",
+        env=("EX_ESDB_GATER_DNS_POLLING_INTERVAL",),
+    )
     stores: tuple[str, ...] = _setting(
         (DEFAULT_STORE,), "store.ids", _list_of(_STORE), "stores the embedded store holds", env=("EX_ESDB_STORE_ID",)
     )
@@ -430,6 +475,7 @@ class Settings:
             object.__setattr__(self, item.name, parsed)
         self._complete_name()
         self._check_peers()
+        self._check_dns()
         if not self.stores:
             raise self._wrong("stores", "got no store, allowed is one or more")
         if not self.listen:
@@ -539,6 +585,20 @@ class Settings:
                     f"and the two kinds cannot connect to each other: use one kind on all nodes",
                 )
         object.__setattr__(self, "connect", tuple(peer for peer in self.connect if peer != self.name))
+
+    def _check_dns(self) -> None:
+        """Refuses half a setting, and nodes by address for a node with a short name."""
+        if bool(self.dns_query) != bool(self.dns_node_basename):
+            given, missing = (
+                ("dns_query", "dns_node_basename") if self.dns_query else ("dns_node_basename", "dns_query")
+            )
+            raise self._wrong(given, f"{_setting_of(missing).key} is not set: nodes are found by DNS with both, or not")
+        if self.dns_query and not self.long_names:
+            raise self._wrong(
+                "dns_query",
+                f"nodes found by DNS have long names, NAME@ADDRESS, but this node, {self.name}, has a short one, "
+                f"and the two kinds cannot connect to each other",
+            )
 
 
 def _declared() -> Iterator[tuple[Field[Any], Setting]]:

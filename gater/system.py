@@ -27,7 +27,7 @@ from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.monitor import ClusterMonitor
-from gater.cluster.strategy import StaticList, Strategy
+from gater.cluster.strategy import DnsPoll, StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
 from gater.erl.gen_server import start_server
 from gater.erl.memory import keep_freed_memory
@@ -180,6 +180,9 @@ def _strategies(settings: Settings) -> list[Strategy]:
     strategies: list[Strategy] = []
     if settings.connect:
         strategies.append(StaticList(settings.connect))
+    if settings.dns_query:
+        interval_s = settings.dns_polling_interval_ms / 1000
+        strategies.append(DnsPoll(settings.dns_query, settings.dns_node_basename, interval_s))
     if settings.gossip:
         options = GossipOptions(
             port=settings.gossip_port,

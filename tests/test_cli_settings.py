@@ -53,6 +53,7 @@ def test_every_flag_of_start_reaches_its_setting(run: Run, started: list[Setting
     flags = ["--name", "g@127.0.0.2", "--cookie", "biscuit", "--connect", "a@127.0.0.1", "--connect", "b@127.0.0.1"]
     flags += ["--embedded", "somewhere", "--store", "one", "--store", "two", "--no-gossip", "--epmd-port", "4370"]
     flags += ["--log-level", "debug", "--log-format", "json"]
+    flags += ["--dns-query", "stores.local", "--dns-node-basename", "store"]
     assert run("start", *flags) == (0, "", "")
     (settings,) = started
     assert settings.name == "g@127.0.0.2"
@@ -63,6 +64,7 @@ def test_every_flag_of_start_reaches_its_setting(run: Run, started: list[Setting
     assert settings.gossip is False
     assert settings.epmd_port == 4370
     assert (settings.log_level, settings.log_format) == ("debug", "json")
+    assert (settings.dns_query, settings.dns_node_basename) == ("stores.local", "store")
     assert settings.source_of("stores") == "--store"
 
 

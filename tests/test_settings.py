@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gater.cluster.strategy import DnsPoll
 from gater.errors import SettingsError
-from gater.settings import HIDDEN, MAX_ATOM_CHARACTERS, Given, Settings
+from gater.settings import HIDDEN, MAX_ATOM_CHARACTERS, MAX_DNS_POLLING_INTERVAL_MS, Given, Settings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "priv" / "gater.example.toml"
@@ -28,6 +30,9 @@ VARIABLES = [
     ("EX_ESDB_CLUSTER_INTERFACE", "10.0.0.3", "gossip_bind", "10.0.0.3"),
     ("EX_ESDB_GOSSIP_MULTICAST_ADDR", "233.252.1.32", "gossip_multicast_addr", "233.252.1.32"),
     ("EX_ESDB_GOSSIP_MULTICAST_IF", "127.0.0.1", "gossip_multicast_if", "127.0.0.1"),
+    ("EX_ESDB_GATER_DNS_QUERY", "stores.local", "dns_query", "stores.local"),
+    ("EX_ESDB_GATER_DNS_NODE_BASENAME", "ex_esdb", "dns_node_basename", "ex_esdb"),
+    ("EX_ESDB_GATER_DNS_POLLING_INTERVAL", "1000", "dns_polling_interval_ms", 1000),
     ("EX_ESDB_STORE_ID", "orders", "stores", ("orders",)),
     ("EX_ESDB_GATER_NODE_NAME", "gater@10.0.0.9", "name", "gater@10.0.0.9"),
     ("SECRET_KEY_BASE", "k" * 64, "secret_key_base", "k" * 64),
@@ -41,12 +46,17 @@ VARIABLES = [
     ("ERL_EPMD_ADDRESS", "127.0.0.1,::1", "epmd_listen", ("127.0.0.1", "::1")),
 ]
 
+NEEDED_BESIDE = {
+    "EX_ESDB_GATER_DNS_QUERY": {"EX_ESDB_GATER_DNS_NODE_BASENAME": "ex_esdb"},
+    "EX_ESDB_GATER_DNS_NODE_BASENAME": {"EX_ESDB_GATER_DNS_QUERY": "stores.local"},
+}
+
 SETTING_FIELDS = {item.name: item.metadata["setting"] for item in fields(Settings) if "setting" in item.metadata}
 
 
 @pytest.mark.parametrize(("variable", "text", "name", "value"), VARIABLES, ids=[row[0] for row in VARIABLES])
 def test_every_variable_of_the_original_is_read(variable: str, text: str, name: str, value: object) -> None:
-    settings = Settings.load(environ={variable: text})
+    settings = Settings.load(environ={**NEEDED_BESIDE.get(variable, {}), variable: text})
     assert getattr(settings, name) == value
     assert settings.source_of(name) == variable
 
@@ -262,6 +272,32 @@ def test_the_file_may_switch_the_embedded_store_on(tmp_path: Path, value: str, d
     file = tmp_path / "gater.toml"
     file.write_text(f"[store]\nembedded = {value}\n")
     assert Settings.load(environ={}, config=file).embedded == directory
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"dns_query": "stores.local"}, r"dns\.query .*dns\.node_basename is not set"),
+        ({"dns_node_basename": "store"}, r"dns\.node_basename .*dns\.query is not set"),
+        (
+            {"dns_query": "stores.local", "dns_node_basename": "store", "name": "g@host"},
+            "this node, g@host, has a short one",
+        ),
+        ({"dns_query": "a..b", "dns_node_basename": "store"}, "allowed is a DNS name"),
+        ({"dns_query": "x" * 64, "dns_node_basename": "store"}, "allowed is a DNS name"),
+        ({"dns_query": "stores.local", "dns_node_basename": "store@host"}, "allowed is the part of a node's name"),
+        ({"dns_polling_interval_ms": 150_001}, "from 100 to 150000"),
+    ],
+)
+def test_dns_settings_that_find_nobody_are_refused(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        Settings(**given)
+
+
+def test_the_longest_polling_interval_is_one_that_the_strategy_takes() -> None:
+    DnsPoll("stores.local", "store", MAX_DNS_POLLING_INTERVAL_MS / 1000)
+    with pytest.raises(ValueError, match="DNS is asked"):
+        DnsPoll("stores.local", "store", (MAX_DNS_POLLING_INTERVAL_MS + 1) / 1000)
 
 
 def test_secrets_are_hidden_wherever_settings_are_shown() -> None:

@@ -52,6 +52,16 @@ async def test_a_gateway_says_what_it_runs_and_is_a_hidden_node(tmp_path: Path) 
         assert await erpc_call(caller, system.node.name, "erlang", "whereis", [Atom(API_MODULE)])
 
 
+async def test_store_nodes_are_found_by_dns(tmp_path: Path) -> None:
+    async with open_cluster(tmp_path) as cluster:
+        basename, _, host = cluster.names[0].partition("@")
+        assert host == "127.0.0.1"
+        # A name that is an address is its own A record; no server is asked.
+        chosen = {"dns_query": host, "dns_node_basename": basename, "dns_polling_interval_ms": 100}
+        async with gateway(epmd_port=cluster.epmd_port, **chosen) as system:
+            await connected(system, cluster)
+
+
 async def test_requests_are_taken_as_soon_as_start_has_returned(tmp_path: Path) -> None:
     async with gateway(embedded=tmp_path / "data") as system, caller_node(system.settings.epmd_port) as caller:
         for ask in (server_door(caller, system), function_door(caller, system)):
