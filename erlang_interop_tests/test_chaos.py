@@ -193,7 +193,8 @@ async def test_appends_of_one_stream_through_one_gateway_keep_their_order(home: 
     assert await numbers(home, stream) == list(range(100))
 
 
-async def test_a_gateway_that_is_told_to_end_answers_what_it_has_begun(home: House) -> None:
+@pytest.mark.parametrize("by", ["SIGTERM", "command"])
+async def test_a_gateway_that_is_told_to_end_answers_what_it_has_begun(home: House, by: str) -> None:
     leader = await home.cluster.leader(STORE)
     assert leader is not None
     stream = stream_of(home.cluster, *({0, 1, 2} - {leader}))
@@ -210,7 +211,12 @@ async def test_a_gateway_that_is_told_to_end_answers_what_it_has_begun(home: Hou
         return bool(state[Atom("under_way")] >= 2)
 
     await wait_until(under_way, what="both requests being under way")
-    stopping = asyncio.create_task(ending.stop())
+    if by == "command":
+        # What `bin/RELEASE stop` does.
+        assert await home.callers.eval(":erpc.call(node, System, :stop, [])", node=ending.atom) is OK
+        stopping = asyncio.create_task(ending.process.wait())
+    else:
+        stopping = asyncio.create_task(ending.stop())
 
     async def refused() -> bool:
         # Answered at once in any case: it is no valid request.

@@ -1,4 +1,4 @@
-"""The `gater` command: `start` and `config`.
+"""The `gater` command: `start`, `stop` and `config`.
 
 It turns flags into `Settings` and hands them to `gater.system`; every rule about a value is the settings' own. Whatever
 keeps the gateway from starting is one line on standard error and exit code 2. Heavy modules are imported by the command
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from gater.erl.errors import NodeError
+from gater.erl.errors import ErlError
 from gater.errors import StartupError
 from gater.settings import Given, Settings
 
@@ -42,14 +42,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (default: the process's); returns the exit code: 0, or 2 if it cannot start."""
+    """Runs the command line `argv` (default: the process's); returns the exit code: 0, or 2 if it cannot."""
     arguments = _parser().parse_args(argv)
     try:
         settings = Settings.load(_given(arguments), config=arguments.config)
-        if arguments.command == "config":
-            return _show(settings)
-        return _start(settings)
-    except (StartupError, NodeError) as error:
+        return _COMMANDS[arguments.command](settings)
+    except (StartupError, ErlError) as error:
         print(f"gater: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CANNOT_START
 
@@ -65,6 +63,18 @@ def _start(settings: Settings) -> int:
     return system.run(settings)
 
 
+def _stop(settings: Settings) -> int:
+    settings.require_cookie()
+    import asyncio
+
+    from gater import logs, system
+
+    # Silence is success, unless somebody wants to see more.
+    logs.configure(settings.log_level if "log_level" in settings.sources else "warning", settings.log_format)
+    asyncio.run(system.stop_running(settings))
+    return EXIT_OK
+
+
 def _show(settings: Settings) -> int:
     rows = list(settings.effective())
     key_width = max(len(row.key) for row in rows)
@@ -72,6 +82,9 @@ def _show(settings: Settings) -> int:
     for row in rows:
         print(f"{row.key:<{key_width}}  {row.value:<{value_width}}  {row.source}")
     return EXIT_OK
+
+
+_COMMANDS: Final = {"start": _start, "stop": _stop, "config": _show}
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Given]:
@@ -96,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, help_text in (
         ("start", "start the gateway and serve until SIGTERM or SIGINT"),
+        ("stop", "have a running gateway answer what it has begun, then end, and wait for that"),
         ("config", "print the effective settings and where each comes from, secrets hidden"),
     ):
         command = commands.add_parser(

@@ -3,14 +3,16 @@
 Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> Swarm's
 tracker, API server and workers, supervised -> connections to the nodes that were named. From the line `NAME is up` on,
 requests are taken.
-Stop (SIGTERM, SIGINT): names are taken out of Swarm's registry, new requests are refused with `:draining`, those under
-way are answered, then everything is closed in reverse order.
+Stop (SIGTERM, SIGINT, `gater stop`, or `init:stop()` by rpc, as releases do it): names are taken out of Swarm's
+registry, new requests are refused with `:draining`, those under way are answered, then everything is closed in reverse
+order.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 import signal
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
@@ -29,9 +31,11 @@ from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.monitor import ClusterMonitor
 from gater.cluster.strategy import DnsPoll, StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
+from gater.erl.errors import CallTimeout
 from gater.erl.gen_server import start_server
 from gater.erl.memory import keep_freed_memory
 from gater.erl.pg import Scope
+from gater.erl.rpc import erpc_call
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
 from gater.pubsub.adapter import PubSub
@@ -48,6 +52,9 @@ SYNC_NODES_TIMEOUT_S: Final = 1.0
 """How long the tracker waits for nodes to connect before it joins the cluster (Swarm's `sync_nodes_timeout`). Swarm's
 own 5 s are there because a tracker of the original syncs only once; ours syncs with every node that comes."""
 
+COMMAND_TIMEOUT_S: Final = 10.0
+"""How long a gateway may take to answer a command, and to close everything once it has drained."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -56,6 +63,8 @@ class System:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.told_to_stop = asyncio.Event()
+        """Set by a signal or by command; whoever runs the system then calls `stop`."""
         self.node = make_node(
             settings.name,
             cookie=settings.require_cookie(),
@@ -104,6 +113,8 @@ class System:
             self.stores.start(asyncio.get_running_loop())
         export_api(self.node.exports, self.service)
         export_names(self.node.exports, self.service, self.swarm)
+        for module in ("init", "Elixir.System"):
+            self.node.exports.add(module, "stop", self._told_to_stop)
         self.node.add_application(APPLICATION, "Gateway to ExESDB", version("gater"))
         try:
             await self.node.start()
@@ -139,6 +150,12 @@ class System:
 
     async def _start_api(self) -> RegisteredServer:
         return await self.workers.start_api(API_MODULE)
+
+    def _told_to_stop(self, _status: Term = 0) -> Term:
+        """`init:stop/0,1`, `System.stop/0,1`: drain and end. Answers at once."""
+        log.info("told_to_stop", node=self.settings.name)
+        self.told_to_stop.set()
+        return Atom("ok")
 
     def _no_quorum(self, store: Atom) -> Term | None:
         """The split-brain guard: what `{:error, {:no_quorum, details}}` says, or None while all is well."""
@@ -210,16 +227,38 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
     system = System(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, system.told_to_stop.set)
     await system.start()
     print(f"{settings.name} is up", flush=True)
-    await stopping.wait()
+    await system.told_to_stop.wait()
     await system.stop()
     return 0
+
+
+async def stop_running(settings: Settings) -> None:
+    """Tell the gateway called `settings.name` to drain and end, and wait until it has.
+
+    Raises `NodeError` or `NotConnected` if it cannot be reached, `CallTimeout` if it does not end in time.
+    """
+    name = Atom(settings.name)
+    ended = asyncio.Event()
+    ours = f"stop_{secrets.token_hex(6)}@{settings.name.partition('@')[2]}"
+    options = NodeOptions(listen_hosts=settings.listen, epmd_port=settings.epmd_port, builtin_epmd=False)
+    async with make_node(ours, cookie=settings.require_cookie(), options=options) as node:
+        await node.connect(name)
+        node.monitor_nodes(lambda peer, is_up, _: ended.set() if peer is name and not is_up else None)
+        await erpc_call(node, name, "init", "stop", timeout_s=COMMAND_TIMEOUT_S)
+        wait_s = settings.drain_timeout_ms / 1000 + COMMAND_TIMEOUT_S
+        try:
+            async with asyncio.timeout(wait_s):
+                await ended.wait()
+        except TimeoutError:
+            raise CallTimeout(
+                Atom("timeout"), f"{name} has been told to stop, but runs still after {wait_s:g} s"
+            ) from None
 
 
 def _spare_full_collections() -> None:

@@ -27,12 +27,12 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def started(home: Path, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def started(home: Path, *arguments: str, command: str = "start") -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "gater",
-        "start",
+        command,
         "--cookie",
         "secret",
         "--no-gossip",
@@ -71,6 +71,32 @@ async def test_a_gateway_says_that_it_is_up_and_ends_cleanly(tmp_path: Path, sto
         code, err = await ended(process)
     assert code == 0
     assert "Traceback" not in err
+
+
+async def test_a_gateway_ends_cleanly_by_command(tmp_path: Path) -> None:
+    flags = ["--name", "g@127.0.0.1", "--epmd-port", str(free_port()), "--embedded", str(tmp_path / "data")]
+    async with started(tmp_path, *flags) as process:
+        await first_line(process)
+        async with started(tmp_path, *flags, command="stop") as stopping:
+            assert await ended(stopping) == (0, "")
+        code, err = await ended(process)
+    assert code == 0
+    assert "Traceback" not in err
+
+
+async def test_a_gateway_that_does_not_run_cannot_be_stopped_and_that_is_one_line(tmp_path: Path) -> None:
+    port = free_port()
+    flags = ["--epmd-port", str(port)]
+    async with started(tmp_path, "--name", "nobody@127.0.0.1", *flags, command="stop") as stopping:
+        code, err = await ended(stopping)
+    assert code == 2
+    one_line(err, containing=[str(port)])
+    async with started(tmp_path, "--name", "g@127.0.0.1", *flags) as process:
+        await first_line(process)
+        async with started(tmp_path, "--name", "nobody@127.0.0.1", *flags, command="stop") as stopping:
+            code, err = await ended(stopping)
+        assert code == 2
+        one_line(err, containing=["nobody@127.0.0.1"])
 
 
 async def test_what_was_appended_is_there_after_a_restart(tmp_path: Path) -> None:

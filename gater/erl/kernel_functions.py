@@ -1,7 +1,8 @@
 """The functions that peers, shells and tools call on any node by rpc: of `erlang`, `net_kernel`, `application`, ...
 
 All are answered from memory, at once: some callers ask without a timeout. What only makes sense on a BEAM (heaps,
-reductions, schedulers) is answered with numbers that say so. Nothing here reveals the cookie or ends the node.
+reductions, schedulers) is answered with numbers that say so. Nothing here reveals the cookie or ends the node
+(a program that can be ended by command exports `init:stop/0`).
 """
 
 from __future__ import annotations
