@@ -7,9 +7,9 @@ import gc
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from node_kit import Collector, Counter, running, two_nodes, unique_name, wait_until
+from node_kit import COOKIE, Collector, Counter, running, two_nodes, unique_name, wait_until
 
-from gater.erl import Node, NodeOptions
+from gater.erl import Node, NodeOptions, rpc_server
 from gater.erl.errors import (
     CallTimeout,
     ConnectionLost,
@@ -368,6 +368,36 @@ async def test_a_server_that_takes_no_state_has_none_replaced(places: tuple[Node
     assert await asked(caller, plain, Atom("get_state")) == failed("system_get_state", "error", reason)
     status = await asked(caller, plain, Atom("get_status"))
     assert status[3][4][-1] == (Atom("data"), [(list(b"State"), failed("system_get_state", "error", reason))])
+
+
+async def test_a_state_that_is_no_term_is_told_and_the_server_lives() -> None:
+    class Odd(GenServer):
+        def get_state(self) -> Term:
+            return object()
+
+    async with two_nodes() as (caller, home):
+        odd = await start_server(home, Odd())
+        error, (kind, callback, (_, reason)) = await asked(caller, odd, Atom("get_state"))
+        assert (error, kind) == (Atom("error"), Atom("callback_failed"))
+        assert callback == (Atom("gen_server"), Atom("system_get_state"))
+        assert reason[:2] == (Atom("python_error"), b"EncodeError")
+        assert odd.process.alive
+
+
+@pytest.mark.parametrize(
+    ("version", "is_wrapped"),
+    [("4.2", False), ("5.0.2", False), ("5.1", True), ("6.2.2.1", True), ("7.3", True), ("x", False), ("", False)],
+)
+async def test_a_state_has_the_shape_of_the_release_that_asks(version: str, is_wrapped: bool) -> None:
+    async with running(unique_name("home")) as (home,):
+        asking = Node(unique_name("old"), cookie=COOKIE, options=home.options)
+        rpc_server.install(asking)
+        asking.exports.add("application", "get_key", lambda application, key: (OK, [ord(each) for each in version]))
+        async with asking:
+            counter = await start_server(home, Counter())
+            assert await asked(asking, counter, Atom("get_state")) == ((OK, 0) if is_wrapped else 0)
+            asking.exports.add("asking", "one", lambda state: 1)
+            assert await asked(asking, counter, replace("asking", "one")) == ((OK, 1) if is_wrapped else 1)
 
 
 async def test_calls_wait_while_a_state_is_replaced_and_its_function_has_a_time_limit(

@@ -10,7 +10,7 @@ from node_kit import Collector, two_nodes, wait_until
 
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangError, ErlangExit, ErlangThrow, NodeError
-from gater.erl.exports import Done
+from gater.erl.exports import UNDEF, Done
 from gater.erl.gen_server import call, cast
 from gater.erl.phash2 import phash2
 from gater.erl.process import NOCONNECTION
@@ -18,9 +18,7 @@ from gater.erl.rpc import (
     BADRPC,
     ERPC,
     EXCEPTION,
-    REX,
     SIGNAL,
-    UNDEF,
     PendingRpc,
     erpc_call,
     erpc_cast,
@@ -28,6 +26,7 @@ from gater.erl.rpc import (
     rpc_call,
     rpc_multicall,
 )
+from gater.erl.rpc_server import REX
 from gater.erl.terms import Atom, Pid, Term
 
 OOPS = Atom("oops")
@@ -228,6 +227,49 @@ async def test_rex_answers_what_older_nodes_send(places: tuple[Node, Node], func
     await wait_until(lambda: functions.casts == [1])
     with pytest.raises(CallTimeout):
         await call(caller, rex, Atom("nonsense"), timeout_s=0.01)
+
+
+async def test_functions_that_run_for_peers_are_limited(
+    places: tuple[Node, Node], functions: Functions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, called = places
+    if caller is called:
+        pytest.skip("the own node is not limited")
+    monkeypatch.setattr("gater.erl.rpc_server.MAX_CALLS", 1)
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    async def until_released() -> Term:
+        begun.set()
+        return await released.wait()
+
+    called.exports.add("m", "until_released", until_released)
+    running = asyncio.create_task(erpc_call(caller, called.name, "m", "until_released"))
+    await begun.wait()
+    with pytest.raises(ErlangError) as refused:
+        await erpc_call(caller, called.name, "m", "add", [1, 2])
+    assert refused.value.reason == (ERPC, Atom("system_limit"))
+    request = (Atom("call"), Atom("m"), Atom("add"), [1, 2], caller.client.pid)
+    assert await call(caller, (REX, called.name), request) == (BADRPC, (EXIT, Atom("system_limit")))
+    released.set()
+    assert await running is True
+    assert await call(caller, (REX, called.name), request) == 3
+
+
+async def test_a_request_with_arguments_that_are_no_list_is_badarg(places: tuple[Node, Node]) -> None:
+    caller, called = places
+    if caller is called:
+        pytest.skip("a request is sent to another node")
+    reference = caller.make_reference()
+    seen: list[Term] = []
+    caller.spawn_request(
+        called.name,
+        (ERPC, Atom("execute_call"), [reference, Atom("m"), Atom("f"), Atom("none")]),
+        on_error=seen.append,
+        on_down=lambda monitor, reason: seen.append(reason),
+    )
+    await wait_until(lambda: seen)
+    assert seen[0][:3] == (reference, Atom("error"), Atom("badarg"))
+    assert called.name in caller.nodes()
 
 
 async def test_a_spawn_can_be_linked(places: tuple[Node, Node], functions: Functions) -> None:

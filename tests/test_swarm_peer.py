@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from node_kit import COOKIE, Collector, Counter, free_port, unique_name, wait_until
 
-from gater.erl import Node, NodeOptions, etf, make_node, rpc
+from gater.erl import Node, NodeOptions, etf, make_node, rpc_server
 from gater.erl.errors import CallError, EncodeError, ErlangError, NoProcess, ProcessDied
 from gater.erl.gen_server import GEN_CAST, call, start_server
 from gater.erl.process import NOPROC
@@ -208,7 +208,7 @@ async def test_a_node_that_does_not_say_what_it_runs_is_asked_again(monkeypatch:
     async with cluster(1) as (one,):
         answers: list[Any] = [ErlangError(Atom("not_yet")), ErlangError(Atom("not_yet"))]
         slow = Node(unique_name("slow"), cookie=COOKIE, options=NodeOptions(epmd_port=one.node.options.epmd_port))
-        rpc.install(slow)
+        rpc_server.install(slow)
 
         def which_applications() -> Term:
             if answers:

@@ -11,7 +11,7 @@ on asyncio.
 
 from __future__ import annotations
 
-from gater.erl import kernel, pg, rpc
+from gater.erl import kernel, pg, rpc_server
 from gater.erl.node import Node, NodeOptions, NodeTls
 
 __all__ = ["Node", "NodeOptions", "NodeTls", "make_node"]
@@ -20,7 +20,7 @@ __all__ = ["Node", "NodeOptions", "NodeTls", "make_node"]
 def make_node(name: str, *, cookie: str, options: NodeOptions | None = None) -> Node:
     """A node that answers remote procedure calls and kernel functions, not started yet."""
     node = Node(name, cookie=cookie, options=options)
-    rpc.install(node)
+    rpc_server.install(node)
     kernel.install(node)
     pg.install(node)
     return node

@@ -3,23 +3,37 @@
 A function gets its arguments as terms and returns a term. It may be a coroutine function; it may raise `ErlangError`,
 `ErlangExit` or `ErlangThrow` to choose what the caller sees. A *deferred* function gets, before its arguments, a
 callback `done(result, error)` to call once, at any time: the way of a relay that must not cost a task per call.
+
+Who calls them from afar is served by `rpc_server.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
-from gater.erl.errors import NodeError
+from gater.erl.errors import ErlangError, ErlangExit, NodeError
+from gater.erl.process import KILLED
 from gater.erl.terms import Atom, Term
 
 Done: TypeAlias = Callable[[Term, BaseException | None], None]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
+UNDEF: Final = Atom("undef")
+
 MAX_ARITY: Final = 255
 """No Erlang function has more arguments (`MAX_ARG` in the emulator)."""
+
+
+class Undefined(ErlangError):
+    """`Module:Function/Arity` is not exported here."""
+
+    def __init__(self, module: Term, function: Term, arguments: list[Term]) -> None:
+        super().__init__(UNDEF, f"{module}:{function}/{len(arguments)} is not exported by this node")
+        self.frame: Term = (module, function, arguments, [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,20 @@ class Exports:
             return None
         return self._functions.get((module, function, arity))
 
+    def apply(self, module: Term, function: Term, arguments: Term, done: Done) -> Callable[[], object] | None:
+        """Call a function; `done(result, error)` once (`Undefined` if it is not exported).
+
+        What is returned cancels a function that has not ended.
+        """
+        if type(arguments) is not list:
+            done(None, ErlangError(Atom("badarg")))
+            return None
+        exported = self.find(module, function, len(arguments))
+        if exported is None:
+            done(None, Undefined(module, function, arguments))
+            return None
+        return run_exported(exported, arguments, done)
+
     def has_module(self, module: Term) -> bool:
         """Whether any function of this module is exported."""
         return type(module) is Atom and module in self._modules
@@ -101,3 +129,44 @@ def _arities(call: Callable[..., Any], deferred: bool) -> range:
             least += parameter.default is parameter.empty
     taken = 1 if deferred else 0
     return range(least - taken, min(most, MAX_ARITY) - taken + 1)
+
+
+def run_exported(exported: ExportedFunction, arguments: list[Term], done: Done) -> Callable[[], object] | None:
+    """Run a function; `done(result, error)` is called once, at once unless the function is a coroutine or deferred."""
+    once = _Once(done)
+    try:
+        if exported.deferred:
+            exported.call(once, *arguments)
+            return None
+        result = exported.call(*arguments)
+    except Exception as error:
+        once(None, error)
+        return None
+    if not inspect.isawaitable(result):
+        once(result, None)
+        return None
+    task = asyncio.ensure_future(result)
+
+    def finished(ended: asyncio.Task[Term]) -> None:
+        if ended.cancelled():
+            once(None, ErlangExit(KILLED))
+        else:
+            error = ended.exception()
+            once(None if error is not None else ended.result(), error)
+
+    task.add_done_callback(finished)
+    return task.cancel
+
+
+class _Once:
+    """A `done` callback that ignores everything after the first call."""
+
+    __slots__ = ("_done",)
+
+    def __init__(self, done: Done) -> None:
+        self._done: Done | None = done
+
+    def __call__(self, result: Term, error: BaseException | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(result, error)

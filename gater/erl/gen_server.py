@@ -21,15 +21,16 @@ from gater.erl.errors import (
     CallError,
     CallTimeout,
     ConnectionLost,
+    EncodeError,
     ErlangError,
     ErlangException,
     NoProcess,
     ProcessDied,
     shown,
 )
-from gater.erl.handshake import DistributionFlag
 from gater.erl.node import Monitor, Node
 from gater.erl.process import NOCONNECTION, NOPROC, NORMAL, Process, Stop, error_term
+from gater.erl.rpc import PendingRpc, apply_function
 from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
 
 GEN_CALL: Final = Atom("$gen_call")
@@ -57,6 +58,13 @@ REPLACE_STATE_TIMEOUT_S: Final = 5.0
 """How long the function of `sys:replace_state` may take; the server handles nothing meanwhile. The default of the
 caller's own patience."""
 
+STATE_WRAPPED_SINCE: Final = (5, 1)
+"""The version of `stdlib` (OTP 26.1) from which on `sys:get_state` expects `{ok, State}`, not the state as such."""
+
+ASK_TIMEOUT_S: Final = 5.0
+"""For the question which version a peer has."""
+
+_STDLIB_VERSION: Final = (Atom("application"), Atom("get_key"), [Atom("stdlib"), Atom("vsn")])
 _GEN_SERVER: Final = Atom("gen_server")
 
 
@@ -200,7 +208,10 @@ class ServerReceiver:
         match name:
             case "get_state":
                 state, failure = self._state()
-                reply = self._state_reply(caller, state) if failure is None else failure
+                if failure is None:
+                    self._reply_with_state(caller, state, "system_get_state")
+                    return None
+                reply = failure
             case "get_status":
                 reply = self._status()
             case "suspend":
@@ -226,15 +237,16 @@ class ServerReceiver:
         """Have `function` make a new state of the present one: where the function came from, as none can run here."""
         server, node = self.server, self.process.node
         try:
-            if type(server).set_state is GenServer.set_state or node.apply_function is None:
+            if type(server).set_state is GenServer.set_state:
                 raise ErlangError(_NOTSUP)
-            made = node.apply_function(function, [server.get_state()], caller.pid.node, REPLACE_STATE_TIMEOUT_S)
-            state = await made
+            state = await apply_function(
+                node, function, [server.get_state()], sender=caller.pid.node, timeout_s=REPLACE_STATE_TIMEOUT_S
+            )
             server.set_state(state)
-            reply = self._state_reply(caller, state)
         except Exception as error:
-            reply = _callback_failed("system_replace_state", error)
-        node.reply(caller, reply, self.process.pid)
+            node.reply(caller, _callback_failed("system_replace_state", error), self.process.pid)
+        else:
+            self._reply_with_state(caller, state, "system_replace_state")
 
     def _state(self) -> tuple[Term, Term | None]:
         """The state as the server shows it, and what `sys` says if that raises."""
@@ -243,12 +255,27 @@ class ServerReceiver:
         except Exception as error:
             return None, _callback_failed("system_get_state", error)
 
-    def _state_reply(self, caller: Caller, state: Term) -> Term:
-        """The answer to `get_state` and `replace_state`: each release takes the shape of its own `sys` for granted, and
-        fails on the other's."""
-        connection = self.process.node.peers.table.get(caller.pid.node)
-        is_otp_28 = connection is not None and bool(connection.peer_flags & DistributionFlag.ALTACT_SIG)
-        return (OK, state) if is_otp_28 else state
+    def _reply_with_state(self, caller: Caller, state: Term, callback: str) -> None:
+        """Answer `get_state` or `replace_state` in the shape that the asking node takes for granted.
+
+        `sys` of one release fails on the shape of the other, and nothing in what it sends tells which it is: its node
+        is asked. The server goes on meanwhile.
+        """
+        node, own = self.process.node, self.process.pid
+
+        def told(version: Term, error: ErlangException | None) -> None:
+            if error is not None and error.reason == (Atom("erpc"), NOCONNECTION):
+                return
+            try:
+                is_wrapped = error is None and _numbers(version) >= STATE_WRAPPED_SINCE
+                node.reply(caller, (OK, state) if is_wrapped else state, own)
+            except EncodeError as refusal:
+                node.reply(caller, _callback_failed(callback, refusal), own)
+
+        if caller.pid.node is node.name:
+            node.reply(caller, state, own)
+        else:
+            PendingRpc(node, caller.pid.node, _STDLIB_VERSION, told, ASK_TIMEOUT_S)
 
     def _status(self) -> Term:
         """`{status, Pid, {module, Module}, [PDict, SysState, Parent, Debug, Misc]}`, as `sys.erl` builds it."""
@@ -273,6 +300,14 @@ class ServerReceiver:
 
     def terminate(self, reason: Term) -> None:
         self.server.terminate(reason)
+
+
+def _numbers(version: Term) -> tuple[int, ...]:
+    """The numbers of `{ok, "5.1.2"}`; none if it is nothing like that."""
+    match version:
+        case (Atom(name="ok"), [*characters]) if all(type(each) is int and 0 <= each < 128 for each in characters):
+            return tuple(int(part) for part in "".join(map(chr, characters)).split(".") if part.isdecimal())
+    return ()
 
 
 def _callback_failed(callback: str, error: Exception) -> Term:
@@ -412,17 +447,6 @@ def _shown(target: Term) -> str:
     return str(target)
 
 
-async def until_read(node: Node, peer: Term, timeout_s: float | None) -> None:
-    """Return when no more than a little waits to be written to `peer`: at once, unless it has stopped reading.
-
-    Raises `TimeoutError` after `timeout_s`.
-    """
-    connection = node.peers.table.get(peer) if type(peer) is Atom else None
-    if connection is not None and connection.busy:
-        async with asyncio.timeout(timeout_s):
-            await connection.drain()
-
-
 async def call(
     node: Node,
     target: Term,
@@ -438,7 +462,8 @@ async def call(
     """
     peer = target.node if type(target) is Pid else target[1] if type(target) is tuple else None
     try:
-        await until_read(node, peer, timeout_s)
+        if peer is not None:
+            await node.drain(peer, timeout_s)
     except TimeoutError:
         raise CallTimeout(TIMEOUT_REASON, f"{peer} does not read what waits for it: nothing was sent") from None
     done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()

@@ -15,7 +15,7 @@ import ipaddress
 import secrets
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -158,9 +158,7 @@ class Node:
         self.requests: (
             Callable[[control.SpawnRequest | control.SpawnRequestTT, list[Term], Connection], None] | None
         ) = None
-        """Who carries out spawn requests of peers (`rpc.py`); without one they are answered `notsup`."""
-        self.apply_function: Callable[[Term, list[Term], Atom, float], Awaitable[Term]] | None = None
-        """Who applies funs that came from peers: `(fun, arguments, who sent it, timeout_s)` (`rpc.py`)."""
+        """Who carries out spawn requests of peers (`rpc_server.py`); without one they are answered `notsup`."""
         self.peers = Peers(self)
         self.signals = Signals(self)
         self.router = Router(self)
@@ -582,14 +580,16 @@ class Node:
         if process is not None and process is not self._client:
             connection.hold(process)
 
-    async def drain(self, peer: str | Atom) -> None:
+    async def drain(self, peer: str | Atom, timeout_s: float | None = None) -> None:
         """Wait until `peer` has taken so much of what was sent to it that sending more is reasonable.
 
-        Processes wait by themselves (they are not run meanwhile); this is for code outside of processes.
+        Processes wait by themselves (they are not run meanwhile); this is for code outside of processes. Raises
+        `TimeoutError` when `timeout_s` have passed.
         """
-        connection = self.peers.table.get(Atom(str(peer)))
+        connection = self.peers.table.get(peer if type(peer) is Atom else Atom(str(peer)))
         if connection is not None and connection.busy:
-            await connection.drain()
+            async with asyncio.timeout(timeout_s):
+                await connection.drain()
 
     def reply(self, caller: tuple[Pid, Term], answer: Term, sender: Pid | None = None) -> None:
         """Answer a `gen_server:call`: `caller` is the From it came with.

@@ -27,10 +27,11 @@ from gater.erl.errors import (
     NoProcess,
     RemoteProtocolError,
 )
+from gater.erl.exports import run_exported
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, PendingCall, cast
 from gater.erl.node import Monitor as NodeMonitor
 from gater.erl.process import KILL, NOCONNECTION, described
-from gater.erl.rpc import EXCEPTION, SIGNAL, PendingRpc, run_exported
+from gater.erl.rpc import EXCEPTION, SIGNAL, PendingRpc
 from gater.erl.terms import Atom, EncodedTerm, Pid, Term
 from gater.swarm import messages
 from gater.swarm.events import (
