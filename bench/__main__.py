@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from bench import codec, echo, gateway, machine, names
+from bench import codec, echo, gateway, machine, names, subscriptions
 from bench.callers import ROUNDS
 from bench.report import Table
 
-CHAPTERS: Final = ("echo", "codec", "gateway", "names")
+CHAPTERS: Final = ("echo", "codec", "gateway", "subscriptions", "names")
 CELL_S: Final = 3.0
 CODEC_S: Final = 3.0
 NAMES_S: Final = 1.0
 QUICK_CELL_S: Final = 0.1
 QUICK_COUNTS: Final = (10, 1_000)
+QUICK_STREAMS: Final = 100
+QUICK_SUBSCRIBERS: Final = 20
 
 HEAD: Final = """\
 # Benchmarks
@@ -61,6 +63,9 @@ async def measure(args: argparse.Namespace) -> AsyncIterator[Table]:
         yield await codec.run(QUICK_CELL_S if args.quick else CODEC_S, rounds)
     if "gateway" in args.only:
         yield await gateway.run(seconds, rounds, beam_echo_ns)
+    if "subscriptions" in args.only:
+        quick: dict[str, int] = {"streams": QUICK_STREAMS, "subscribers": QUICK_SUBSCRIBERS} if args.quick else {}
+        yield await subscriptions.run(seconds, beam_echo_ns, **quick)
     if "names" in args.only:
         yield await names.run(*((QUICK_CELL_S, QUICK_COUNTS) if args.quick else (NAMES_S, names.COUNTS)))
 

@@ -161,7 +161,9 @@ def _say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-async def run(seconds: float, beam_echo_ns: float | None, *, streams: int = MANY_STREAMS) -> Table:
+async def run(
+    seconds: float, beam_echo_ns: float | None, *, streams: int = MANY_STREAMS, subscribers: int = MANY_SUBSCRIBERS
+) -> Table:
     """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured."""
     table = Table(
         "Subscriptions",
@@ -181,16 +183,16 @@ async def run(seconds: float, beam_echo_ns: float | None, *, streams: int = MANY
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gater-bench-")))
         shared: dict[str, Any] = {"cookie": beams.cookie, "epmd_port": await beams.epmd_port()}
         through = await stack.enter_async_context(gater_process(connect=cluster.names, **shared))
-        benches = [Bench("store node", client, through)]
+        bench = Bench("store node", client, through)
         await _known(client, through)
-        await _latencies(benches[0], table, seconds, beam_echo_ns)
-        await _rates(benches[0], table, seconds)
-        await _direct(benches[0], client, cluster, table, streams)
+        await _latencies(bench, table, seconds, beam_echo_ns)
+        await _rates(bench, table, seconds, subscribers)
+        await _direct(bench, client, cluster, table, streams)
         await through.stop()
         embedded = await stack.enter_async_context(gater_process(embedded=data, stores=[STORE.name], **shared))
         own = Bench("embedded store", client, embedded)
         await _latencies(own, table, seconds, beam_echo_ns)
-        await _rates(own, table, seconds)
+        await _rates(own, table, seconds, subscribers)
     return table
 
 
@@ -247,7 +249,7 @@ async def _latencies(bench: Bench, table: Table, seconds: float, beam_echo_ns: f
     await bench.remove(pids)
 
 
-async def _rates(bench: Bench, table: Table, seconds: float) -> None:
+async def _rates(bench: Bench, table: Table, seconds: float, subscribers: int) -> None:
     for acks in (True, False):
         pids = await bench.subscribe(acks=acks)
         _say(f"{bench.label}: many events to one subscriber, acks {acks}")
@@ -272,12 +274,12 @@ async def _rates(bench: Bench, table: Table, seconds: float) -> None:
         )
         await bench.remove(pids)
     for acks in (True, False):
-        _say(f"{bench.label}: {MANY_SUBSCRIBERS} subscribers of all, acks {acks}")
-        pids = await bench.subscribe(count=MANY_SUBSCRIBERS, acks=acks)
+        _say(f"{bench.label}: {subscribers} subscribers of all, acks {acks}")
+        pids = await bench.subscribe(count=subscribers, acks=acks)
         before = bench.cpu_s()
         count = await bench.paced(AIMED_EACH, seconds)
-        what = f"{MANY_SUBSCRIBERS:,} subscribers of all, {AIMED_EACH}/s each{'' if acks else ', auto_ack'}"
-        seen = await bench.arrivals(pids, count * MANY_SUBSCRIBERS)
+        what = f"{subscribers:,} subscribers of all, {AIMED_EACH}/s each{'' if acks else ', auto_ack'}"
+        seen = await bench.arrivals(pids, count * subscribers)
         _add(table, bench, what, seen, bench.cpu_s() - before)
         await bench.remove(pids)
 

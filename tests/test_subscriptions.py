@@ -35,9 +35,9 @@ def event(stream: str, number: int, type_: str = "t", epoch: int = 0) -> Event:
 class Driver:
     """A feed beside a store that answers at once, unless it is told to wait."""
 
-    def __init__(self, **streams: int) -> None:
+    def __init__(self, *, shared_room: int = 0, **streams: int) -> None:
         self.store = {name: [event(name, number) for number in range(count)] for name, count in streams.items()}
-        self.feed = Feed(0.0)
+        self.feed = Feed(0.0, shared_room=shared_room)
         self.now = 0.0
         self.effects: list[p.Effect] = []
         self.index = 1
@@ -251,6 +251,17 @@ def test_a_full_window_holds_up_nobody_else() -> None:
     assert status is not None
     assert (status.state, status.in_flight, status.streams_behind) == ("catching_up", 1, 1)
     assert status.buffered <= 50
+
+
+def test_subscriptions_that_are_behind_keep_equal_parts_of_what_may_be_kept() -> None:
+    driver = Driver(shared_room=400)
+    for key in ("one", "two", "fast"):
+        driver.subscribe(key, slow(window=1) if key != "fast" else ALL)
+    for _ in range(500):
+        driver.append("a")
+        driver(p.Ack("fast", b"a", len(driver.store["a"]) - 1))
+    kept = {status.key: status.buffered for status in driver.feed.statuses()}
+    assert kept == {"one": 133, "two": 133, "fast": 0}
 
 
 def test_batches_hold_what_came_together() -> None:

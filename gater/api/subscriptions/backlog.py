@@ -12,7 +12,7 @@ only the time of its next event and reads it again when its turn comes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 from typing import Final
 
@@ -53,9 +53,9 @@ class Lane:
 class Backlog:
     """The lanes of one subscription."""
 
-    def __init__(self, room: int) -> None:
-        """`room`: events to keep."""
-        self.room = room
+    def __init__(self, room: Callable[[], int]) -> None:
+        """`room()`: events to keep, at most."""
+        self._room = room
         self.buffered = 0
         self._lanes: dict[bytes, Lane] = {}
         self._heads: list[tuple[int, bytes, int]] = []
@@ -105,7 +105,7 @@ class Backlog:
             lane = self._lanes[stream] = Lane(stream, event.number)
             lane.epoch = event.epoch
             heappush(self._heads, (event.epoch, stream, event.number))
-        if lane.read_to == event.number and self.buffered < self.room and not lane.reading:
+        if lane.read_to == event.number and self.buffered < self._room() and not lane.reading:
             lane.buffer.append(event)
             lane.read_to = event.number + 1
             self.buffered += 1
@@ -148,7 +148,7 @@ class Backlog:
         wanted: list[tuple[bytes, int, int]] = []
         if not self._unknown:
             return wanted
-        share = max(1, (self.room - self.buffered) // len(self._unknown))
+        share = max(1, (self._room() - self.buffered) // len(self._unknown))
         for stream in self._unknown:
             if len(wanted) >= most:
                 break
@@ -201,7 +201,7 @@ class Backlog:
             known = fitting[0]
             is_turn = lane.epoch is not None
             lane.epoch = known.epoch
-            if self.buffered + len(fitting) > self.room and not is_turn and len(self._lanes) > 1:
+            if self.buffered + len(fitting) > self._room() and not is_turn and len(self._lanes) > 1:
                 # No room: remember when it was stored and read it again when its turn comes.
                 lane.read_to = known.number
             else:

@@ -35,6 +35,12 @@ MAX_READS: Final = 16
 MAX_SUBSCRIPTIONS: Final = 20_000
 """Subscriptions of one store in one gateway; each costs a few kilobytes and is asked about every event it may want."""
 
+SHARED_ROOM: Final = 20_000
+"""Events that the subscriptions of one store may keep together, each an equal part, beyond what each needs; 30 MB."""
+
+MAX_SHARE: Final = 2_000
+"""But not more each: one that is so far behind reads on in large pages."""
+
 START_AGAIN_S: Final = 0.5
 """Pause after a count failed that subscriptions need to start."""
 
@@ -49,7 +55,8 @@ MAX_DIRTY: Final = 1_000_000
 class Feed:
     """All subscriptions of one store that this gateway owns."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, shared_room: int = SHARED_ROOM) -> None:
+        self._shared_room = shared_room
         self._subscriptions: dict[Key, Subscription] = {}
         self._of_stream: dict[bytes, dict[Key, Subscription]] = {}
         self._of_type: dict[bytes, dict[Key, Subscription]] = {}
@@ -169,7 +176,9 @@ class Feed:
         self._touch(subscription)
 
     def _add(self, input: p.Subscribe, matcher: Matcher) -> Subscription:
-        subscription = Subscription(input.key, input.spec, matcher, self._end, input.positions, self._effects)
+        subscription = Subscription(
+            input.key, input.spec, matcher, self._end, input.positions, self._effects, self._share
+        )
         self._subscriptions[input.key] = subscription
         self._group(matcher)[input.key] = subscription
         if self._poll is None:
@@ -304,6 +313,9 @@ class Feed:
             self._touch(subscription)
 
     # Streams
+
+    def _share(self) -> int:
+        return min(MAX_SHARE, self._shared_room // len(self._subscriptions))
 
     def _end(self, stream: bytes) -> int:
         return self._next.get(stream, 0)

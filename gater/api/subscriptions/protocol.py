@@ -14,7 +14,8 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from gater.api import schema
-from gater.erl.terms import Atom, Term
+from gater.erl.etf import encode_term
+from gater.erl.terms import Atom, EncodedTerm, Term
 
 Key: TypeAlias = Hashable
 SubscriberId: TypeAlias = Hashable
@@ -42,7 +43,7 @@ class Event:
     `epoch` is `created_epoch` (microseconds since 1970), 0 if the record has none.
     """
 
-    __slots__ = ("epoch", "number", "record", "stream", "type")
+    __slots__ = ("_encoded", "epoch", "number", "record", "stream", "type")
 
     def __init__(self, stream: bytes, number: int, epoch: int, type: Term, record: Mapping[Term, Term]) -> None:
         self.stream = stream
@@ -50,6 +51,14 @@ class Event:
         self.epoch = epoch
         self.type = type
         self.record = record
+        self._encoded: EncodedTerm | None = None
+
+    @property
+    def encoded(self) -> EncodedTerm:
+        """The record as other nodes get it, encoded once for all subscribers. EncodeError if it is no term."""
+        if self._encoded is None:
+            self._encoded = EncodedTerm(encode_term(self.record))
+        return self._encoded
 
     def __repr__(self) -> str:
         return f"Event({self.stream!r}, {self.number})"

@@ -2,13 +2,15 @@
 
 All of it are snapshots, which every ExESDB store has, under sources of gater's own:
 
-    source "gater.checkpoint", stream NAME, version SHARD:
+    source "gater.checkpoint", stream NAME, version SHARD (from 0) or RECENT:
         %{type, selector, shard, write, positions: %{stream => number of the next event}}
     source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
         %{event, reason, attempts, write}
 
 A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
-at a time. A store acknowledges no snapshot: what was written is read back, `write` tells it from an earlier one.
+at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write; the
+higher number of a stream counts. A store acknowledges no snapshot: what was written is read back, `write` tells it from
+an earlier one.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ PARKED: Final = "gater.parked."
 
 SHARDS: Final = 64
 """Snapshots of one checkpoint: 100,000 streams are 64 snapshots of some 50 kB."""
+
+RECENT: Final = SHARDS
+"""The snapshot of the streams that changed lately."""
+
+MAX_RECENT: Final = 500
+"""Streams in it, some 15 kB; when there are more they are written to the shards they belong to."""
 
 CONFIRM_S: Final = 3.0
 """How long a snapshot may take to be there before its write counts as failed."""
@@ -114,6 +122,7 @@ class SavedState:
         self.kind = kind
         self.selector = selector
         self._shards: dict[int, dict[bytes, int]] = {}
+        self._recent: dict[bytes, int] = {}
         self._lock = asyncio.Lock()
 
     def problem(self) -> Rejected | None:
@@ -130,6 +139,7 @@ class SavedState:
             return None
         positions: dict[bytes, int] = {}
         self._shards.clear()
+        self._recent = {}
         for _, _, shard, record in found:
             if record.get(_TYPE) is not self.kind or record.get(_SELECTOR) != self.selector:
                 raise ValueError(
@@ -140,19 +150,31 @@ class SavedState:
                 for stream, number in record.get(_POSITIONS, {}).items()
                 if type(stream) is bytes and type(number) is int
             }
-            self._shards[shard] = of_shard
-            positions.update(of_shard)
+            if shard == RECENT:
+                self._recent = of_shard
+            else:
+                self._shards[shard] = of_shard
+            for stream, number in of_shard.items():
+                positions[stream] = max(number, positions.get(stream, 0))
         return positions
 
     async def save(self, positions: Mapping[bytes, int]) -> bool:
         """Save these positions with those saved before; whether they are certain to be there."""
         async with self._lock:
-            touched = {_shard(stream) for stream in positions} or {0}
             for stream, number in positions.items():
+                self._recent[stream] = max(number, self._recent.get(stream, 0))
+            if len(self._recent) <= MAX_RECENT:
+                return await self._write(RECENT, self._recent)
+            for stream, number in self._recent.items():
                 shard = self._shards.setdefault(_shard(stream), {})
                 shard[stream] = max(number, shard.get(stream, 0))
-            written = await asyncio.gather(*(self._write(shard) for shard in touched))
-        return all(written)
+            touched = {_shard(stream) for stream in self._recent}
+            written = await asyncio.gather(*(self._write(shard, self._shards[shard]) for shard in touched))
+            if not all(written):
+                return False
+            # What is left in the store of the recent ones says nothing that is not in the shards.
+            self._recent = {}
+            return True
 
     async def flushed(self) -> None:
         """Return when the writes that have been asked for are over."""
@@ -160,14 +182,14 @@ class SavedState:
         async with self._lock:
             return
 
-    def _write(self, shard: int) -> asyncio.Future[bool]:
+    async def _write(self, shard: int, positions: Mapping[bytes, int]) -> bool:
         record: dict[Term, Term] = {
             _TYPE: self.kind,
             _SELECTOR: self.selector,
             _SHARD: shard,
-            _POSITIONS: dict(self._shards.get(shard, {})),
+            _POSITIONS: dict(positions),
         }
-        return asyncio.ensure_future(self._snapshots.write(CHECKPOINTS, self.name, shard, record))
+        return await self._snapshots.write(CHECKPOINTS, self.name, shard, record)
 
     @property
     def _parked_source(self) -> str:
@@ -201,6 +223,7 @@ class SavedState:
                 for of, below, version, _ in await self._snapshots.all(source, stream):
                     self._snapshots.delete(of, below, version)
             self._shards.clear()
+            self._recent = {}
 
 
 def parked_term(event: Event, reason: Term, attempts: int) -> Term:

@@ -124,7 +124,8 @@ class StoreFeed:
     def _keep_time(self) -> None:
         due = self._feed.deadline
         if self._timer is not None:
-            if due == self._due:
+            # A tick that comes too early does nothing; most deadlines are put off before they are reached.
+            if due >= self._due:
                 return
             self._timer.cancel()
             self._timer = None
@@ -274,14 +275,15 @@ class StoreFeed:
         self._spawn(read())
 
     def _deliver(self, effect: p.Deliver) -> None:
-        subscriber = effect.subscriber
-        records: list[Term] = [event.record for event in effect.events]
+        subscriber, node = effect.subscriber, self._node
         if not isinstance(subscriber, Pid):
-            self._call(subscriber, records)
+            self._call(subscriber, [event.record for event in effect.events])
             return
-        node = self._node
         try:
-            node.send(subscriber, events_message(records))
+            if subscriber.node is node.name:
+                node.send(subscriber, events_message([event.record for event in effect.events]))
+                return
+            node.send(subscriber, events_message([event.encoded for event in effect.events]))
         except ErlError as error:
             log.warning("events_not_sent", store=str(self.store), pid=str(subscriber), error=described(error))
             return

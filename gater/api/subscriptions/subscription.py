@@ -31,7 +31,8 @@ SCAN_SAVE_S: Final = 30.0
 
 
 class Subscription:
-    """See the module. `end(stream)` gives the feed's next number of a stream."""
+    """See the module. `end(stream)` gives the feed's next number of a stream, `share()` how many events of a store each
+    of its subscriptions may keep."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Subscription:
         end: Callable[[bytes], int],
         positions: Mapping[bytes, int] | None,
         effects: list[Effect],
+        share: Callable[[], int],
     ) -> None:
         self.key = key
         self.spec = spec
@@ -52,7 +54,8 @@ class Subscription:
         self.must_save_start = self.begins_now and spec.persistent
         """Where it began is known to nobody else yet: another gateway would begin later and miss what came between."""
         self.delivery = Delivery(key, spec.options, effects)
-        self.backlog = Backlog(max(2 * spec.options.window, MIN_ROOM))
+        least = max(2 * spec.options.window, MIN_ROOM)
+        self.backlog = Backlog(lambda: max(least, share()))
         self.checkpoint = Checkpoint()
         self.scanned = 0
         """How far in the feed's sequence of moves this subscription has saved where it stands."""
