@@ -230,6 +230,32 @@ async def test_parked_events_are_listed_and_replayed(house: House) -> None:
     await wait_until(none_left, "no parked events")
 
 
+async def test_parked_events_are_dropped_one_or_all(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
+    await me.has(3)
+    for event in me.events:
+        assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+
+    async def parked() -> list[int]:
+        _, found = await house.ask("list_parked", STORE, b"p")
+        return [each[Atom("event")][schema.EVENT_NUMBER] for each in found]
+
+    async def are_parked() -> bool:
+        return await parked() == [0, 1, 2]
+
+    await wait_until(are_parked, "three events to be parked")
+    assert await house.ask("drop_parked", STORE, b"p", me.events[1]) == (OK, 1)
+    assert await parked() == [0, 2]
+    assert await house.ask("drop_parked", STORE, b"p", me.events[1]) == (OK, 0)
+    assert await house.ask("drop_parked", STORE, b"p") == (OK, 2)
+    assert await parked() == []
+    assert await house.ask("replay_parked", STORE, b"p") == (OK, 0)
+    error, reason = await house.ask("drop_parked", STORE, b"p", {})
+    assert (error, reason[0]) == (ERROR, Atom("invalid_request"))
+
+
 async def test_what_is_to_be_tried_again_comes_again_and_what_is_skipped_does_not(house: House) -> None:
     await house.append(b"s", "a", "b")
     me = subscriber(house.caller)
@@ -336,6 +362,8 @@ async def test_python_goes_on_under_the_same_name(house: House) -> None:
             assert await client.replay_parked(STORE.name, "p") == 1
             assert (await anext(events)).event_number == 1
             assert (await client.subscription_status(STORE.name, "p"))[Atom("subscribers")] == 1
+            assert await client.drop_parked(STORE.name, "p", second) == 1
+            assert await client.drop_parked(STORE.name, "p") == 0
         with pytest.raises(RequestFailed, match="another type or selector"):
             await anext(client.subscribe(STORE.name, "$other", name="p"))
 

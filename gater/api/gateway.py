@@ -239,8 +239,13 @@ class Gateway:
         """Have the events that were put aside delivered again; how many there are."""
         return int(await self._ask_gateway("replay_parked", store, name))
 
-    async def _ask_gateway(self, op: str, store: str, name: str) -> Any:
-        request = (Atom(op), Atom(store), name.encode())
+    async def drop_parked(self, store: str, name: str, event: RecordedEvent | None = None) -> int:
+        """Forget the events that were put aside, or one of them; how many there were."""
+        places = () if event is None else (schema.event_place(event),)
+        return int(await self._ask_gateway("drop_parked", store, name, *places))
+
+    async def _ask_gateway(self, op: str, store: str, name: str, *more: Term) -> Any:
+        request = (Atom(op), Atom(store), name.encode(), *more)
         return self._result(request, await gateway_call(self._service, request))
 
     # Snapshots

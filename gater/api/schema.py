@@ -33,7 +33,9 @@ BY_EVENT_TYPE: Final = Atom("by_event_type")
 BY_EVENT_PATTERN: Final = Atom("by_event_pattern")
 BY_EVENT_PAYLOAD: Final = Atom("by_event_payload")
 NACK_ACTIONS: Final = (Atom("retry"), Atom("skip"), Atom("park"), Atom("stop"))
-GATER_OPS: Final = frozenset({"subscribe", "subscription_status", "list_parked", "replay_parked", "nack_event"})
+GATER_OPS: Final = frozenset(
+    {"subscribe", "subscription_status", "list_parked", "replay_parked", "drop_parked", "nack_event"}
+)
 """Requests that no store answers: they are about the subscriptions of the gateways."""
 TRANSIENT: Final = b"transient"
 """The name of subscriptions that end with their subscriber."""
@@ -960,18 +962,32 @@ def _check_subscriber(spec: RequestSpec, term: Term) -> None:
         _refuse(spec.op, f"the subscriber must be a pid or nil, got {show(term)}")
 
 
+def event_place(event: RecordedEvent) -> Mapping[Term, Term]:
+    """What names a stored event in requests about it: its stream and its number."""
+    stream = event.event_stream_id
+    return {
+        EVENT_STREAM_ID: stream.encode() if isinstance(stream, str) else stream,
+        EVENT_NUMBER: event.event_number,
+    }
+
+
 def _check_ack(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
     """`{:ack_event, store, name, pid, event}`: the worker reads the event's stream and number."""
     store, event = _store(spec, term[1]), term[4]
     _subscription_name(spec, store, term[2])
     _check_subscriber(spec, term[3])
+    _check_event_place(spec, store, event)
+    return Request(spec, store, None, term)
+
+
+def _check_event_place(spec: RequestSpec, store: Atom, event: Term) -> None:
+    """An event that is stored already: its stream and its number are all that is read of it."""
     if not isinstance(event, Mapping):
         _refuse(spec.op, f"the event must be a map, got {show(event)}")
     _stream(spec, store, event.get(EVENT_STREAM_ID))
     number = event.get(EVENT_NUMBER)
     if type(number) is not int or number < 0:
         _refuse(spec.op, f"the event's event_number must be an integer from 0, got {show(number)}")
-    return Request(spec, store, None, term)
 
 
 def _check_nack(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
@@ -1018,6 +1034,14 @@ def _check_named(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
     return Request(spec, store, None, term)
 
 
+def _check_drop(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+    """`{:drop_parked, store, name, event}`, or without an event: all of them."""
+    request = _check_named(spec, term)
+    if len(term) == 4:
+        _check_event_place(spec, term[1], term[3])
+    return request
+
+
 def _specs() -> list[RequestSpec]:
     call, cast, read, write = False, True, False, True
     once, again = False, True
@@ -1047,6 +1071,8 @@ def _specs() -> list[RequestSpec]:
         RequestSpec("subscription_status", 3, call, read, again, _check_named),
         RequestSpec("list_parked", 3, call, read, again, _check_named),
         RequestSpec("replay_parked", 3, call, write, again, _check_named),
+        RequestSpec("drop_parked", 3, call, write, again, _check_drop),
+        RequestSpec("drop_parked", 4, call, write, again, _check_drop),
         RequestSpec("record_snapshot", 6, cast, write, again, _check_snapshot),
         RequestSpec("delete_snapshot", 5, cast, write, again, _check_snapshot),
     ]

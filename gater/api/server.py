@@ -79,6 +79,8 @@ _CALLS: Final[tuple[tuple[str, int, Build], ...]] = (
     ("subscription_status", 2, _named("subscription_status")),
     ("list_parked", 2, _named("list_parked")),
     ("replay_parked", 2, _named("replay_parked")),
+    ("drop_parked", 2, _named("drop_parked")),
+    ("drop_parked", 3, _named("drop_parked")),
     ("list_stores", 0, _named("list_stores")),
     ("read_snapshot", 4, _named("read_snapshot")),
     ("list_snapshots", 1, _named("list_snapshots", schema.ANY, schema.ANY)),

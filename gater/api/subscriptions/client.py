@@ -147,12 +147,9 @@ class EventSubscription:
         gateway, process = self._gateway, self._process
         if gateway is None or process is None:
             return  # between two gateways: the event will come again
-        stream = event.event_stream_id
-        about = {
-            schema.EVENT_STREAM_ID: stream.encode() if isinstance(stream, str) else stream,
-            schema.EVENT_NUMBER: event.event_number,
-        }
-        cast(self._service.node, gateway.address, (Atom(op), store, name, process.pid, about, *more))
+        cast(
+            self._service.node, gateway.address, (Atom(op), store, name, process.pid, schema.event_place(event), *more)
+        )
 
     async def _subscribe(self) -> None:
         loop = asyncio.get_running_loop()

@@ -274,6 +274,8 @@ class Subscriptions:
         store, name = term[1], term[2]
         if request.op == "list_parked":
             return schema.ok([parked_term(*each) for each in await self._state(store, name).parked()])
+        if request.op == "drop_parked":
+            return await self._drop_parked(store, name, *term[3:])
         owned = self._owned.get((store, name))
         if owned is None:
             return await self._pass_on(request, passed_on)
@@ -287,6 +289,17 @@ class Subscriptions:
         if status is None:
             raise _Refused(not_found(name))
         return schema.ok(_status_term(status, self._service.node.name))
+
+    async def _drop_parked(self, store: Atom, name: bytes, event: Mapping[Term, Term] | None = None) -> Term:
+        # Any gateway can: what is parked is in the store, and the owner keeps nothing of it.
+        saved = self._state(store, name)
+        found = [each for each, _, _ in await saved.parked()]
+        if event is not None:
+            place = (event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
+            found = [each for each in found if (each.stream, each.number) == place]
+        if not await saved.drop(found):
+            raise _Refused(schema.storage_failed("the parked events are still there"))
+        return schema.ok(len(found))
 
     def cast(self, request: Request, on_taken: OnTaken, *, passed_on: bool = False) -> bool:
         """Carry out a cast; False if it is not about a subscription of any gateway: then it is the store's."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Final
 from zlib import crc32
@@ -203,6 +203,19 @@ class SavedState:
     def drop_parked(self, stream: bytes, number: int) -> None:
         """Forget a parked event."""
         self._snapshots.delete(self._parked_source, _hash(stream), number)
+
+    async def drop(self, events: Sequence[Event]) -> bool:
+        """Forget these parked events; whether they are certain to be gone. Raises `Unreadable`."""
+        going = {(event.stream, event.number) for event in events}
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CONFIRM_S
+        while True:
+            left = going & {(event.stream, event.number) for event, _, _ in await self.parked()}
+            if not left or loop.time() >= until:
+                return not left
+            for stream, number in left:
+                self.drop_parked(stream, number)
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def parked(self) -> list[tuple[Event, Term, int]]:
         """The parked events, with reason and attempts, in the order they were appended. Raises `Unreadable`."""
