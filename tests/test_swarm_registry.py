@@ -60,7 +60,9 @@ def test_every_index_agrees_with_a_search_through_all_entries(steps, name, pid):
         assert (each in registry) == (exact_key(each) in model)
     for each in (pid, *(entry.pid for entry in everything)):
         same(registry.by_pid(each), [entry for entry in everything if entry.pid == each])
-        same(registry.on_node(each.node), [entry for entry in everything if entry.pid.node is each.node])
+        on_node = [entry for entry in everything if entry.pid.node is each.node]
+        same(registry.on_node(each.node), on_node)
+        assert registry.names_on_node(each.node) == len(on_node)
     assert set(registry.nodes()) == {entry.pid.node for entry in everything}
     for key in (Atom("grp"), b"grp", "grp", 1, 1.0):
         having = [

@@ -235,6 +235,34 @@ def test_of_two_that_ask_each_other_one_begins(name, theirs, begins):
     assert bench.tracker.state is (State.AWAITING_SYNC_ACK if begins else State.SYNCING)
 
 
+def test_an_original_that_was_asked_before_it_asked_is_answered_soon():
+    """It keeps our request and, as it has asked us, waits for our answer first (seen with Swarm 3.4.0)."""
+    bench, other = Bench(), Atom("z@h")
+    bench.give(NodeUp(other, True))
+    bench.give(TimerFired("cluster_join"))
+    bench.hear(other, Sync(pid(other, 1), (1, 0)))
+    assert [timer.after_s for timer in bench.of(SetTimer) if timer.timer == "wake"] == [1.0]
+    bench.give(TimerFired("wake"), after=1.0)
+    ((to, answer),) = bench.sent(SyncRecv)
+    assert to == (pid(other, 1),)
+    assert bench.tracker.state is State.AWAITING_SYNC_ACK
+    bench.hear(other, SyncAck(pid(other, 1), answer.clock, [entry(b"theirs", pid(other, 5))]))
+    assert bench.tracker.state is State.TRACKING
+    assert bench.tracker.is_synced(other)
+    assert bench.names() == {b"theirs": pid(other, 5)}
+
+
+def test_a_member_that_begins_after_all_is_not_answered_too():
+    bench, other = Bench(), Atom("z@h")
+    bench.give(NodeUp(other, True))
+    bench.give(TimerFired("cluster_join"))
+    bench.hear(other, Sync(pid(other, 1), (1, 0)))
+    bench.hear(other, SyncRecv(pid(other, 1), ((0, 1), 0), [entry(b"theirs", pid(other, 5))]))
+    assert bench.tracker.state is State.TRACKING
+    bench.give(TimerFired("wake"), after=1.0)
+    assert bench.sent(SyncRecv) == []
+
+
 def test_who_does_not_answer_is_passed_over_and_asked_again_later():
     bench = Bench()
     bench.give(NodeUp(A, True))

@@ -885,7 +885,7 @@ def decode_spine(
                 term: Term = EncodedTerm(b"".join(pieces))
             else:
                 end = len(data)
-                term = EncodedTerm(data[pos:])
+                term = EncodedTerm(data, pos)
         else:
             (term,), end = _decode(data, pos, atoms, cache, 1)
         if end != len(data):

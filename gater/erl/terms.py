@@ -268,14 +268,24 @@ class ImproperList:
 class EncodedTerm:
     """A term that is still (or already) in the external term format, without the leading version byte 131.
 
-    What a relay passes on is kept like this: it is neither decoded nor encoded again. `data` must be exactly one
-    term and must not refer to an atom cache.
+    What a relay passes on is kept like this: it is neither decoded nor encoded again. The bytes from `start` to the end
+    of `buffer` must be exactly one term and must not refer to an atom cache.
     """
 
-    __slots__ = ("data",)
+    __slots__ = ("buffer", "start")
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, buffer: bytes, start: int = 0) -> None:
+        self.buffer = buffer
+        self.start = start
+        """Where the term begins: who reads it piece by piece (`gater/swarm/snapshots.py`) makes no copy of it."""
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the term."""
+        if self.start:
+            self.buffer = self.buffer[self.start :]
+            self.start = 0
+        return self.buffer
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EncodedTerm) and self.data == other.data

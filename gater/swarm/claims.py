@@ -58,6 +58,11 @@ class Claims:
             pids += [pid for pid in self._waiting_names if pid.node is node and not self.registry.by_pid(pid)]
         return pids
 
+    def names_on_node(self, node: Atom) -> int:
+        """How many claims the processes of `node` have."""
+        waiting = sum(len(names) for pid, names in self._waiting_names.items() if pid.node is node)
+        return self.registry.names_on_node(node) + waiting
+
     @property
     def peaceful(self) -> bool:
         """Nobody claims what somebody else has."""

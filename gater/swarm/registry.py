@@ -118,6 +118,7 @@ class Registry:
     def __init__(self) -> None:
         self._by_name: dict[Term, Entry] = {}
         self._by_node: dict[Atom, dict[Pid, _Bag]] = {}
+        self._names_on_node: dict[Atom, int] = {}
         self._by_property: dict[Term, dict[Term, Entry]] = {}
         self._by_first: dict[Term, dict[Term, _Bag]] = {}
 
@@ -155,6 +156,10 @@ class Registry:
     def pids_on_node(self, node: Atom) -> list[Pid]:
         """The registered processes of `node`; a copy, made in no time."""
         return list(self._by_node.get(node, ()))
+
+    def names_on_node(self, node: Atom) -> int:
+        """How many names the processes of `node` have."""
+        return self._names_on_node.get(node, 0)
 
     def nodes(self) -> list[Atom]:
         """The nodes that registered processes live on."""
@@ -194,10 +199,14 @@ class Registry:
         """Register `entry` under its name; returns the entry it replaces."""
         key = name_key(entry.name)
         old = self._by_name.get(key)
-        if old is not None and (old.pid != entry.pid or old.meta):
+        in_place = old is not None and old.pid == entry.pid and not old.meta
+        if old is not None and not in_place:
             self._remove(key, old)
         self._by_name[key] = entry
-        _put_in_bag(self._by_node.setdefault(entry.pid.node, {}), entry.pid, key, entry)
+        node = entry.pid.node
+        if not in_place:
+            self._names_on_node[node] = self._names_on_node.get(node, 0) + 1
+        _put_in_bag(self._by_node.setdefault(node, {}), entry.pid, key, entry)
         for each in entry.meta:
             self._by_property.setdefault(name_key(each), {})[key] = entry
         name = entry.name
@@ -215,7 +224,11 @@ class Registry:
 
     def _remove(self, key: Term, entry: Entry) -> None:
         del self._by_name[key]
-        _take_from_bag(self._by_node, entry.pid.node, entry.pid, key)
+        node = entry.pid.node
+        _take_from_bag(self._by_node, node, entry.pid, key)
+        self._names_on_node[node] -= 1
+        if not self._names_on_node[node]:
+            del self._names_on_node[node]
         for each in entry.meta:
             property_key = name_key(each)
             group = self._by_property[property_key]

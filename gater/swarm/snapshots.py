@@ -20,6 +20,9 @@ SLICE_S: Final = 0.004
 _ENTRIES_BETWEEN_LOOKS: Final = 50
 """Entries encoded before the clock is looked at: half a millisecond."""
 
+_WINDOW_BYTES: Final = 64 * 1024
+"""How much of an incoming registry the decoder sees at a time: it checks what is long before it decodes any of it."""
+
 _LIST: Final = 108
 _NIL: Final = 106
 _LIST_HEAD_BYTES: Final = 5
@@ -33,22 +36,25 @@ class IncomingList:
     Raises `RemoteProtocolError` if they do not even begin as one.
     """
 
-    __slots__ = ("_atoms", "_data", "_left", "_on_bad", "_position")
+    __slots__ = ("_at", "_atoms", "_data", "_left", "_next_window", "_on_bad", "_window")
 
     def __init__(self, encoded: EncodedTerm, atoms: etf.AtomTable, on_bad: Callable[[ErlError], object]) -> None:
-        data = encoded.data
+        data, start = encoded.buffer, encoded.start
         self._data = data
         self._atoms = atoms
         self._on_bad = on_bad
         self._left = 0
-        self._position = _LIST_HEAD_BYTES
-        if data == _END:
+        self._window = b""
+        """A part of the data; the next element begins at `_at` in it."""
+        self._at = 0
+        self._next_window = start + _LIST_HEAD_BYTES
+        if data[start] == _NIL and len(data) == start + 1:
             return
-        if data[0] != _LIST or len(data) < _LIST_HEAD_BYTES:
-            raise RemoteProtocolError(f"expected a list, got a term with tag {data[0]}")
-        self._left = int.from_bytes(data[1:_LIST_HEAD_BYTES], "big")
-        if self._left > len(data) - _LIST_HEAD_BYTES:
-            raise RemoteProtocolError(f"{self._left} elements do not fit into {len(data)} bytes")
+        if data[start] != _LIST or len(data) < self._next_window:
+            raise RemoteProtocolError(f"expected a list, got a term with tag {data[start]}")
+        self._left = int.from_bytes(data[start + 1 : self._next_window], "big")
+        if self._left > len(data) - self._next_window:
+            raise RemoteProtocolError(f"{self._left} elements do not fit into {len(data) - start} bytes")
 
     def __len__(self) -> int:
         """How many elements have not been taken."""
@@ -64,8 +70,8 @@ class IncomingList:
         if not self._left:
             raise IndexError("all elements have been taken")
         try:
-            term, self._position = etf.decode_term(self._data, self._position, self._atoms)
-            if self._left == 1 and self._data[self._position :] != _END:
+            term, self._at = self._decoded()
+            if self._left == 1 and self._window[self._at :] + self._data[self._next_window :] != _END:
                 raise RemoteProtocolError("the list does not end where it should")
         except ErlError as error:
             self._left = 0
@@ -73,8 +79,23 @@ class IncomingList:
             return None
         self._left -= 1
         if not self._left:
-            self._data = b""
+            self._data = self._window = b""
         return term
+
+    def _decoded(self) -> tuple[Term, int]:
+        size = _WINDOW_BYTES
+        while True:
+            try:
+                return etf.decode_term(self._window, self._at, self._atoms)
+            except ErlError:
+                # Cut off by the end of the window or, if that was all, by the sender.
+                if self._next_window >= len(self._data):
+                    raise
+            begin = self._next_window - len(self._window) + self._at
+            self._window = self._data[begin : begin + size]
+            self._at = 0
+            self._next_window = begin + len(self._window)
+            size *= 2
 
 
 class OutgoingList:

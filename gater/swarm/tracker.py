@@ -140,6 +140,10 @@ SYNC_TIMEOUT_S: Final = 15.0
 """How long to wait for `sync_recv` or `sync_ack`. An original may sit in `cluster_wait` for 5 s and takes some seconds
 for a registry of 10^5 names; the original itself waits for ever."""
 
+CROSSING_TIMEOUT_S: Final = 1.0
+"""How long to wait for the answer of a member that has asked us too, if it is for that member to begin. An original
+that got our request before it sent its own does not know that, and waits for us."""
+
 JOIN_TIMEOUT_S: Final = 5.0
 """How long the first round may take until calls and the requests of originals are answered all the same: originals that
 started together can wait for each other for ever, or for us."""
@@ -162,6 +166,9 @@ RESYNC_SPACING_S: Final = 5.0
 
 MERGE_CHUNK: Final = 100
 """How many entries to decode, merge and monitor before other work gets its turn: some 5 ms."""
+
+FORGET_CHUNK: Final = 20
+"""How many names of a list are freed in the time in which one is merged: 10^5 at once are a pause of 15 ms."""
 
 MAX_NAMES: Final = 5_000_000
 """The largest registry: 2 GB of ours. Members can name anything, so without a limit they could fill our memory."""
@@ -286,6 +293,8 @@ class Tracker:
         self._anti_entropy_runs = False
         self._sync_node: Atom | None = None
         self._sync_deadline: float | None = None
+        self._crossing: tuple[Sync, float] | None = None
+        """What the member we have asked has asked us, and until when it is for it to answer first."""
         self._awaiting: dict[Atom, float] = {}
         self._pending_sync_reqs: dict[Atom, Sync] = {}
         self._postponed: deque[Call] = deque()
@@ -533,7 +542,7 @@ class Tracker:
         self._jobs = deque(job for job in self._jobs if job.node is not node)
         self._held.pop(node, None)
         if self._sync_node is node:
-            self._sync_node = self._sync_deadline = None
+            self._end_sync()
         if self._is_original(node) and len(self._members) > 1:
             self._emit(SetTimer("say_again", SAY_AGAIN_S[0]))
             self._emit(SetTimer("say_again_late", SAY_AGAIN_S[1]))
@@ -550,7 +559,7 @@ class Tracker:
             return
         self._awaiting.pop(node, None)
         if self._sync_node is node:
-            self._sync_node = self._sync_deadline = None
+            self._end_sync()
         # Supervisors start trackers again; what the new one knows has to be seen.
         member.sync_due = self._now + RETRY_INTERVAL_S
 
@@ -609,8 +618,12 @@ class Tracker:
         self._emit(MonitorTracker(node))
         self._send((node,), Sync(self.pid, self._clock))
 
-    def _sync_failed(self, node: Atom) -> None:
+    def _end_sync(self) -> None:
         self._sync_node = self._sync_deadline = None
+        self._crossing = None
+
+    def _sync_failed(self, node: Atom) -> None:
+        self._end_sync()
         self._emit(DemonitorTracker(node))
         member = self._members.get(node)
         if member is not None:
@@ -640,8 +653,10 @@ class Tracker:
 
     def _crossing_sync(self, node: Atom, message: Sync) -> None:
         """We asked `node` while it asked us: one of us begins."""
-        if not self._waits_for(node, message.clock):
-            self._sync_node = self._sync_deadline = None
+        if self._waits_for(node, message.clock):
+            self._crossing = message, self._now + CROSSING_TIMEOUT_S
+        else:
+            self._end_sync()
             self._answer_crossing(node, message)
 
     def _waits_for(self, node: Atom, clock: Clock) -> bool:
@@ -689,7 +704,7 @@ class Tracker:
     def _merge_later(self, node: Atom, message: SyncRecv | SyncAck) -> None:
         ours = isinstance(message, SyncRecv) and node is self._sync_node
         if ours:
-            self._sync_deadline = None
+            self._sync_deadline = self._crossing = None
         if isinstance(message, SyncAck) and node in self._awaiting:
             self._awaiting[node] = float("inf")
         # What makes us want its registry again while we merge this one is not settled by it.
@@ -712,11 +727,19 @@ class Tracker:
                     budget -= 1
                 if not job.entries:
                     budget -= 1
-                    self._jobs[0] = _Purge(job.node, self._claims.pids_on_node(job.node), merged=job)
+                    # Nearly always the node lists all that we know of it: there is nothing to look for.
+                    all_listed = len(job.listed) == self._claims.names_on_node(job.node)
+                    stale = [] if all_listed else self._claims.pids_on_node(job.node)
+                    self._jobs[0] = _Purge(job.node, stale, merged=job)
             else:
                 while job.pids and budget > 0:
                     budget -= max(1, self._purge(job, job.pids.pop()))
-                if not job.pids:
+                listed = job.merged.listed if job.merged is not None else set()
+                while not job.pids and listed and budget > 0:
+                    for _ in range(min(FORGET_CHUNK, len(listed))):
+                        listed.pop()
+                    budget -= 1
+                if not job.pids and not listed:
                     budget -= 1
                     self._jobs.popleft()
                     if job.merged is not None:
@@ -766,12 +789,13 @@ class Tracker:
         owner = entry.pid.node
         known = shown if shown is None or shown.pid == entry.pid else self._claims.find(entry.name, entry.pid)
         if owner is job.node:
-            job.listed.add((name_key(entry.name), entry.pid))
             if shown is None and len(self.registry) < MAX_NAMES:
                 self._monitor(entry.pid)
                 self._claims.put_first(Entry(entry.name, entry.pid, entry.meta, self._joined(entry.clock)))
             else:
                 self._listed(job.node, entry, known)
+            if known is not None or self._claims.find(entry.name, entry.pid) is not None:
+                job.listed.add((name_key(entry.name), entry.pid))
         elif owner is self.node:
             self._listed_elsewhere(job, entry, known)
         elif known is None and (owner in self._plain_nodes or self._unheard(owner)):
@@ -835,7 +859,7 @@ class Tracker:
             if job.ours and self._sync_node is node:
                 if not itc.is_anonymous(message.clock):
                     self._set_clock(message.clock)
-                self._sync_node = None
+                self._end_sync()
         elif self._awaiting.get(node) == float("inf"):
             del self._awaiting[node]
         if node is not self._sync_node and node not in self._awaiting:
@@ -1235,6 +1259,11 @@ class Tracker:
         if self._sync_node is not None and self._sync_deadline is not None and self._sync_deadline <= self._now:
             self._note("no answer to sync", node=self._sync_node)
             self._sync_failed(self._sync_node)
+        if self._crossing is not None and self._crossing[1] <= self._now:
+            message = self._crossing[0]
+            self._note("beginning after all", node=message.sender.node)
+            self._end_sync()
+            self._answer_crossing(message.sender.node, message)
         for node in [node for node, deadline in self._awaiting.items() if deadline <= self._now]:
             self._note("no sync_ack", node=node)
             del self._awaiting[node]
@@ -1257,6 +1286,8 @@ class Tracker:
     def _deadlines(self) -> Iterator[float]:
         if self._sync_deadline is not None:
             yield self._sync_deadline
+        if self._crossing is not None:
+            yield self._crossing[1]
         if self._join_deadline is not None:
             yield self._join_deadline
         if self._verify_at is not None:
