@@ -9,7 +9,7 @@ from node_kit import COOKIE, Collector, Counter, running, two_nodes, unique_name
 from test_node import RawPeer
 
 from gater.erl import Node, NodeOptions
-from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES
+from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES, READ_AT_ONCE_BYTES
 from gater.erl.dist_header import FRAGMENT_BYTES
 from gater.erl.errors import CallTimeout, ErlangError
 from gater.erl.gen_server import call, start_server
@@ -20,6 +20,7 @@ from gater.erl.terms import Atom, EncodedTerm, Pid
 
 LARGE = bytes(8 * 1024 * 1024)
 SMALL = Atom("small")
+TICK = bytes(4)
 
 
 async def connected(one: Node, two: Node) -> None:
@@ -208,3 +209,19 @@ async def test_too_much_for_a_peer_still_to_be_connected_ends_the_attempt(monkey
         one.send(Pid(two.name, 1, 0, 1), bytes(2 * 1024 * 1024))
         with pytest.raises(Exception, match="MAX_QUEUED_BYTES"):
             await attempt
+
+
+async def test_a_peer_that_sends_much_lets_others_have_their_turn() -> None:
+    async with two_nodes() as (one, two):
+        await connected(one, two)
+        protocol = two.peers.table[one.name].protocol
+        assert protocol is not None
+        transport = protocol.transport
+        assert transport is not None
+        protocol.data_received(TICK * (READ_AT_ONCE_BYTES // len(TICK) // 2))
+        assert transport.is_reading()
+        protocol.data_received(TICK * (READ_AT_ONCE_BYTES // len(TICK) // 2))
+        assert not transport.is_reading()
+        await wait_until(transport.is_reading)
+        protocol.data_received(TICK)
+        assert transport.is_reading()

@@ -498,14 +498,15 @@ async def call_sys(one: Member, two: Member) -> Any:
 
 def test_a_list_in_pieces_is_the_list() -> None:
     terms: list[Term] = [(number, b"x" * (number % 7)) for number in range(500)]
-    for each in ([], terms[:1], terms):
+    long = [b"y" * size for size in (10, 70_000, 65_531, 300_000, 1, 2)]
+    for each in ([], terms[:1], terms, terms * 20, long):
         outgoing = OutgoingList(len(each), each)
         while not outgoing.work(0):
             pass
         assert outgoing.encoded.data == etf.encode_term(each)
-        if each:
-            incoming = IncomingList(outgoing.encoded, etf.AtomTable(), pytest.fail)
-            assert list(incoming) == each
+        for before in (b"", b"before"):
+            encoded = EncodedTerm(before + outgoing.encoded.data, len(before))
+            assert list(IncomingList(encoded, etf.AtomTable(), pytest.fail)) == each
 
 
 @pytest.mark.parametrize("cut", range(6, 40))

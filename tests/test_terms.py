@@ -224,3 +224,11 @@ def test_an_improper_list_needs_elements_and_a_tail_that_is_no_list() -> None:
     with pytest.raises(ValueError, match="not a list"):
         ImproperList([1], [2])
     assert ImproperList([1], 2) == ImproperList([1], 2) != ImproperList([1], 3)
+
+
+def test_an_encoded_term_may_lie_at_the_end_of_a_longer_buffer() -> None:
+    term = EncodedTerm(b"\x83h\x01a\x05", 3)
+    assert (term.buffer, term.start) == (b"\x83h\x01a\x05", 3)
+    assert term == EncodedTerm(b"a\x05")
+    assert hash(term) == hash(EncodedTerm(b"a\x05"))
+    assert term.data == b"a\x05"
