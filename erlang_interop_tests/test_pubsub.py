@@ -54,6 +54,7 @@ async def test_broadcasts_go_both_ways(erl_node: BeamNode, beam: Beams) -> None:
         scope = Scope(SCOPE)
         await start_server(node, scope, name=SCOPE)
         server = PubSubServer(node, scope, "ex_esdb_events")
+        await server.start()
         heard: list[tuple[bytes, Term]] = []
         server.subscribe("s:$all", lambda topic, message: heard.append((topic, message)))
         await erl_node.eval(WORKER)

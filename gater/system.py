@@ -34,12 +34,10 @@ from gater.erl import NodeOptions, etf, make_node
 from gater.erl.errors import CallTimeout
 from gater.erl.gen_server import start_server
 from gater.erl.memory import keep_freed_memory
-from gater.erl.pg import Scope
 from gater.erl.rpc import erpc_call
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
 from gater.pubsub.adapter import PubSub
-from gater.pubsub.messages import SCOPE
 from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
 from gater.swarm.swarm import Swarm
@@ -94,6 +92,7 @@ class System:
         self.discovery.on_change = self.workers.update
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.strategies = _strategies(settings)
+        self.pubsub = PubSub(self.node)
         self.subscriptions = Subscriptions(self.service, self.swarm)
         self.monitor = ClusterMonitor(
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
@@ -102,6 +101,7 @@ class System:
         self._supervisor = Supervisor(
             [
                 ChildSpec("swarm", self.swarm.start),
+                ChildSpec("pubsub", self.pubsub.start),
                 ChildSpec("api", self._start_api),
                 ChildSpec("workers", self.workers.start),
             ]
@@ -123,16 +123,13 @@ class System:
             await self._close()
             raise
         # Gateways tell each other of appends by Phoenix.PubSub, and hear the stores' emitters.
-        groups = Scope(SCOPE)
-        await start_server(self.node, groups, name=SCOPE)
-        pubsub = PubSub(self.node, groups)
-        self.subscriptions.start(pubsub)
+        self.subscriptions.start(self.pubsub)
         self.discovery.start()
         self.connector.start()
         self.reports = ClusterReports(
             self.node,
             self.monitor,
-            pubsub,
+            self.pubsub,
             secret_key_base=self.settings.secret_key_base,
             interval_s=self.settings.health_check_interval_ms / 1000,
         )

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_kit import free_port
+from node_kit import free_port, wait_until
 
 from gater.api import schema
+from gater.erl.errors import NodeError
 from gater.erl.etf import decode
+from gater.erl.gen_server import cast
 from gater.erl.node import Node, NodeOptions
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.adapter import MAX_SUBSCRIPTIONS, PubSub, PubSubServer
@@ -165,6 +167,8 @@ async def test_a_broadcast_reaches_the_subscribers_of_both_nodes(two_nodes: tupl
     left, right = two_nodes
     groups = ScriptedGroups()
     here, there = PubSubServer(left, groups, "ex_esdb_events"), PubSubServer(right, groups, "ex_esdb_events")
+    await here.start()
+    await there.start()
     heard: list[tuple[str, bytes, Term]] = []
     arrived = asyncio.Event()
     here.subscribe("s:$all", lambda topic, message: heard.append(("here", topic, message)))
@@ -205,16 +209,72 @@ async def test_a_handler_that_fails_keeps_no_other_from_hearing(two_nodes: tuple
     assert server.subscriptions == 1
 
 
-async def test_all_servers_of_a_node_come_and_go(two_nodes: tuple[Node, Node]) -> None:
+async def test_a_server_comes_and_goes(two_nodes: tuple[Node, Node]) -> None:
     node, groups = two_nodes[0], ScriptedGroups()
-    pubsub = PubSub(node, groups)
-    assert {server.name for server in pubsub} == {*SERVERS, MONITOR_SERVER}
-    assert node.whereis("Elixir.ex_esdb_audit.Adapter") is not None
-    pubsub["ex_esdb_audit"].subscribe("t", lambda topic, message: None)
-    pubsub.close()
+    server = PubSubServer(node, groups, "ex_esdb_audit")
+    worker = await server.start()
+    with pytest.raises(NodeError):
+        await PubSubServer(node, groups, "ex_esdb_audit").start()
+    cast(node, worker.pid, Atom("what no broadcast is"))
+    server.close()
     assert node.whereis("Elixir.ex_esdb_audit.Adapter") is None
     assert not any(groups.joined.values())
-    PubSub(node, groups).close()
+
+
+@pytest.fixture
+async def two_pubsubs(two_nodes: tuple[Node, Node]) -> tuple[PubSub, PubSub]:
+    left, right = PubSub(two_nodes[0]), PubSub(two_nodes[1])
+    await left.start()
+    await right.start()
+    for pubsub in (left, right):
+        await wait_until(lambda pubsub=pubsub: all(server.peers for server in pubsub), "each server to know the other")  # type: ignore[misc]
+    return left, right
+
+
+async def hears(left: PubSub, right: PubSub, server: str, heard: list[Term]) -> None:
+    """What `left` broadcasts arrives at `right`."""
+    number = len(heard)
+
+    def arrived() -> bool:
+        left[server].broadcast_elsewhere("t", number)
+        return number in heard
+
+    await wait_until(arrived, "a broadcast to arrive")
+
+
+async def test_a_node_has_all_servers_and_they_survive_the_death_of_a_worker(
+    two_pubsubs: tuple[PubSub, PubSub], two_nodes: tuple[Node, Node]
+) -> None:
+    left, right = two_pubsubs
+    assert {server.name for server in right} == {*SERVERS, MONITOR_SERVER}
+    heard: list[Term] = []
+    right["ex_esdb_audit"].subscribe("t", lambda topic, message: heard.append(message))
+    await hears(left, right, "ex_esdb_audit", heard)
+    worker = two_nodes[1].whereis("Elixir.ex_esdb_audit.Adapter")
+    assert worker is not None
+    worker.exit(Atom("crashed"))
+    await hears(left, right, "ex_esdb_audit", heard)
+    assert left["ex_esdb_audit"].peers == [two_nodes[1].whereis("Elixir.ex_esdb_audit.Adapter").pid]  # type: ignore[union-attr]
+    assert two_nodes[1].whereis("Elixir.ex_esdb_audit.Adapter") is not worker
+
+
+async def test_a_scope_that_died_is_replaced_and_the_other_nodes_know_its_members(
+    two_pubsubs: tuple[PubSub, PubSub], two_nodes: tuple[Node, Node]
+) -> None:
+    left, right = two_pubsubs
+    heard: list[Term] = []
+    right["ex_esdb_events"].subscribe("t", lambda topic, message: heard.append(message))
+    scope = two_nodes[1].whereis(SCOPE)
+    assert scope is not None
+    scope.exit(Atom("crashed"))
+
+    def known() -> bool:
+        worker = two_nodes[1].whereis("Elixir.ex_esdb_events.Adapter")
+        return worker is not None and left["ex_esdb_events"].peers == [worker.pid]
+
+    await wait_until(known, "the new workers to be known")
+    await hears(left, right, "ex_esdb_events", heard)
+    await wait_until(lambda: right["ex_esdb_events"].peers, "the new scope to know the other node's members")
 
 
 async def test_limits_of_topics_and_subscriptions_are_named(two_nodes: tuple[Node, Node]) -> None:

@@ -16,6 +16,7 @@ from gater import Gateway, RequestFailed
 from gater import system as system_module
 from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent
+from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.erl import NodeOptions
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
@@ -186,6 +187,25 @@ async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(
         assert me.seen == [(b"s", 1), (b"s", 2)]
         other = await house.subscribe(me, BY_STREAM, b"$s", b"p")
         assert other[0] is ERROR
+
+
+async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(house: House) -> None:
+    await house.append(b"s", "a")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$all", b"p", auto_ack=True))[0] is OK
+    await me.has(1)
+    name = (SUBSCRIPTION, STORE, b"p")
+    owner = house.system.swarm.whereis(name)
+    assert owner is not None
+    process = house.system.node.process(owner)
+    assert process is not None
+    process.exit(Atom("crashed"))
+    await house.append(b"s", "b")
+    await me.has(2)
+    await wait_until(lambda: house.system.swarm.whereis(name) not in (None, owner), "the name to be registered again")
+    await house.append(b"s", "c")
+    await me.has(3)
+    assert sorted(set(me.seen)) == [(b"s", 0), (b"s", 1), (b"s", 2)]
 
 
 async def test_a_name_with_another_selector_is_refused_after_a_restart_too(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ in `messages.py`. A BEAM broadcasts to us because our worker is a member of the 
 there.
 
 Subscribers here are callbacks, called in the loop turn in which the message came. One that raises is logged and stays.
+
+`PubSub` supervises the scope and the workers: a worker that ends is replaced and joins its group again; with the scope
+all of them are replaced, and the new scope tells the other nodes who is a member now. Subscribers stay subscribed.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from typing import Final, Protocol, TypeAlias
 
 import structlog
 
+from gater.erl.gen_server import NO_REPLY, Caller, GenServer, start_server
 from gater.erl.node import Node
+from gater.erl.pg import Scope
 from gater.erl.process import SHUTDOWN, Process, described
+from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.messages import (
     MAX_TOPIC_BYTES,
     MONITOR_SERVER,
+    SCOPE,
     SERVERS,
     forward_to_local,
     parse_broadcast,
@@ -45,11 +52,28 @@ class Groups(Protocol):
     def members(self, group: Term, /) -> Iterable[Pid]: ...
 
 
+class Worker(GenServer):
+    """The process that other nodes send broadcasts to. What is no broadcast is ignored, as by the original."""
+
+    def __init__(self, server: PubSubServer) -> None:
+        self._server = server
+
+    def handle_info(self, message: Term) -> None:
+        broadcast = parse_broadcast(message)
+        if broadcast is not None:
+            self._server.local_broadcast(broadcast.topic, broadcast.message)
+
+    def handle_cast(self, message: Term) -> None:
+        return
+
+    def handle_call(self, request: Term, caller: Caller) -> Term:
+        return NO_REPLY
+
+
 class PubSubServer:
-    """One server, for example `ex_esdb_events`; it lives until `close`."""
+    """One server, for example `ex_esdb_events`: it can be subscribed to at any time, and hears from `start` on."""
 
     def __init__(self, node: Node, groups: Groups, name: str) -> None:
-        """Raises `NodeError` if this node has a process of the worker's name already."""
         self.name = name
         self.group = worker_name(name)
         self._node = node
@@ -57,9 +81,15 @@ class PubSubServer:
         self._topics: dict[bytes, dict[int, Handler]] = {}
         self._count = 0
         self._next_key = 0
-        self._worker: Process = node.spawn_receiver(self)
-        self._worker.register(self.group)
-        groups.join(self.group, self._worker.pid)
+        self._worker: Process | None = None
+
+    async def start(self) -> Worker:
+        """Start the worker. Raises `NodeError` if this node has a process of its name already."""
+        worker = Worker(self)
+        await start_server(self._node, worker, name=self.group)
+        self._worker = worker.process
+        self._groups.join(self.group, worker.pid)
+        return worker
 
     @property
     def subscriptions(self) -> int:
@@ -102,7 +132,7 @@ class PubSubServer:
         """To the subscribers on all other nodes."""
         forwarded = forward_to_local(_topic(topic), message)
         for pid in self.peers:
-            self._node.send(pid, forwarded, self._worker.pid)
+            self._node.send(pid, forwarded, self._sender)
 
     def direct_broadcast(self, node: str | Atom, topic: str | bytes, message: Term) -> None:
         """To the subscribers on one node: to the worker there by its name, whether or not it is known as a member."""
@@ -110,7 +140,11 @@ class PubSubServer:
         if target is self._node.name:
             self.local_broadcast(topic, message)
         else:
-            self._node.send((self.group, target), forward_to_local(_topic(topic), message), self._worker.pid)
+            self._node.send((self.group, target), forward_to_local(_topic(topic), message), self._sender)
+
+    @property
+    def _sender(self) -> Pid | None:
+        return None if self._worker is None else self._worker.pid
 
     def local_broadcast(self, topic: str | bytes, message: Term) -> None:
         """To the subscribers on this node."""
@@ -128,40 +162,53 @@ class PubSubServer:
                         error=described(error),
                     )
 
-    def receive(self, message: Term) -> None:
-        """A message to the worker; what is no broadcast is ignored, as by the original."""
-        broadcast = parse_broadcast(message)
-        if broadcast is not None:
-            self.local_broadcast(broadcast.topic, broadcast.message)
-
-    def terminate(self, reason: Term) -> None:
-        """The worker has ended; subscribers hear nothing more."""
-        self._topics.clear()
-        self._count = 0
-
     def close(self) -> None:
         """Leave the group and end the worker."""
-        if self._worker.alive:
+        if self._worker is not None and self._worker.alive:
             self._groups.leave(self.group, self._worker.pid)
             self._worker.exit(SHUTDOWN)
 
 
 class PubSub:
-    """All servers of a node; `pubsub["ex_esdb_events"]` is one."""
+    """All servers of a node; `pubsub["ex_esdb_events"]` is one. `start`, as a child of a supervisor."""
 
-    def __init__(self, node: Node, groups: Groups, servers: Iterable[str] = (*SERVERS, MONITOR_SERVER)) -> None:
-        self._servers = {name: PubSubServer(node, groups, name) for name in servers}
+    def __init__(self, node: Node, servers: Iterable[str] = (*SERVERS, MONITOR_SERVER)) -> None:
+        self._node = node
+        self._scope: Scope | None = None
+        self._servers = {name: PubSubServer(node, self, name) for name in servers}
+
+    async def start(self) -> Supervisor:
+        """Start the scope and the workers. Raises `NodeError` if one of their names is taken."""
+        children = [ChildSpec(str(SCOPE), self._start_scope)]
+        children += [ChildSpec(server.name, server.start) for server in self]
+        supervisor = Supervisor(children, strategy="rest_for_one")
+        await start_server(self._node, supervisor)
+        return supervisor
+
+    async def _start_scope(self) -> Scope:
+        scope = Scope(SCOPE)
+        await start_server(self._node, scope, name=SCOPE)
+        self._scope = scope
+        return scope
+
+    def join(self, group: Term, pid: Pid) -> None:
+        """Add a process of this node to a group of the scope."""
+        if self._scope is not None:
+            self._scope.join(group, pid)
+
+    def leave(self, group: Term, pid: Pid) -> bool:
+        """Take a process out of a group; False if it was not in it."""
+        return self._scope is not None and self._scope.leave(group, pid)
+
+    def members(self, group: Term) -> list[Pid]:
+        """The members of a group on all nodes."""
+        return [] if self._scope is None else self._scope.members(group)
 
     def __getitem__(self, name: str) -> PubSubServer:
         return self._servers[name]
 
     def __iter__(self) -> Iterator[PubSubServer]:
         return iter(self._servers.values())
-
-    def close(self) -> None:
-        """End all workers."""
-        for server in self._servers.values():
-            server.close()
 
 
 def _topic(topic: str | bytes) -> bytes:

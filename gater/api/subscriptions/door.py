@@ -118,6 +118,11 @@ class Owner(GenServer):
         if type(message) is tuple and message and message[0] is _SWARM:
             self._door.lost(self._owned)
 
+    def terminate(self, reason: Term) -> None:
+        # Its name is free now: the other gateways are taking over.
+        if reason is not SHUTDOWN:
+            self._door.lost(self._owned)
+
 
 def _passed_on(message: Term, *, cast: bool) -> Request | Rejected:
     if type(message) is tuple and len(message) == 2 and message[0] is SUBSCRIPTION:
