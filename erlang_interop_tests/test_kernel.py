@@ -7,6 +7,7 @@ import pytest
 from erlang_interop_tests.beam import BeamNode, Beams, wait_until
 from erlang_interop_tests.python_node import Collector, python_node
 from gater.erl.errors import NotConnected
+from gater.erl.process import Mailbox
 from gater.erl.terms import Atom
 
 OK, PONG = Atom("ok"), Atom("pong")
@@ -16,12 +17,18 @@ QUESTIONS = [
     ("erlang, node, []", "fun(X) -> X =:= N end"),
     ("erlang, nodes, []", "fun(X) -> X =:= [] end"),
     ("erlang, nodes, [connected]", "fun(X) -> X =:= [node()] end"),
+    ("erlang, nodes, [[hidden, this]]", "fun(X) -> X =:= lists:sort([node(), N]) end"),
+    ("c, nodes, []", "fun(X) -> X =:= [] end"),
+    ("erlang, monitor_node, [node(), true]", "fun(X) -> X =:= true end"),
     ("erlang, processes, []", "fun([P | _]) -> node(P) =:= N end"),
     ("erlang, registered, []", "fun(X) -> lists:member(net_kernel, X) andalso lists:member(rex, X) end"),
     ("erlang, whereis, [rex]", "fun(X) -> is_pid(X) end"),
     ("erlang, whereis, [nobody]", "fun(X) -> X =:= undefined end"),
     ("erlang, memory, []", "fun(X) -> proplists:get_value(total, X) > 0 end"),
     ("erlang, memory, [total]", "fun(X) -> X > 0 end"),
+    ("erlang, memory, [[total, ets]]", "fun([{total, X}, {ets, 0}]) -> X > 0 end"),
+    ("erlang, statistics, [garbage_collection]", "fun({A, B, _}) -> is_integer(A) andalso is_integer(B) end"),
+    ("erlang, statistics, [io]", "fun({{input, _}, {output, _}}) -> true end"),
     ("erlang, statistics, [wall_clock]", "fun({A, B}) -> is_integer(A) andalso is_integer(B) end"),
     ("erlang, statistics, [runtime]", "fun({A, B}) -> is_integer(A) andalso is_integer(B) end"),
     ("erlang, system_info, [otp_release]", "fun(X) -> is_list(X) end"),
@@ -67,6 +74,85 @@ async def test_what_would_end_the_node_or_show_its_cookie_is_undef(erl_node: Bea
         for call in ("init, stop, []", "erlang, halt, []", "erlang, get_cookie, []", 'os, cmd, ["id"]'):
             caught = f"try erpc:call(N, {call}) catch error:{{exception, undef, _}} -> undef end"
             assert await erl_node.eval(caught, N=node.name) is Atom("undef"), call
+
+
+async def test_what_only_a_beam_has_is_undef_to_tools_that_ask_for_it(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        for call in (
+            "observer_backend, vsn, []",
+            "observer_backend, sys_info, []",
+            "observer_backend, procs_info, [self()]",
+            "appmon_info, start_link2, [self(), N, []]",
+            "dbg, start, []",
+            "code, load_binary, [m, [], <<>>]",
+            "net_adm, world, []",
+            "shell, start, []",
+            "'Elixir.IEx', started, []",
+        ):
+            source = f"""
+              {{M, F, A}} = {{{call}}},
+              rpc:call(N, M, F, A) =:= {{badrpc, {{'EXIT', {{undef, [{{M, F, A, []}}]}}}}}}
+            """
+            assert await erl_node.eval(source, N=node.name) is True, call
+
+
+async def test_a_process_is_shown_to_tools(erl_node: BeamNode, beam: Beams) -> None:
+    async def idle(me: Mailbox) -> None:
+        await me.get(lambda message: message is Atom("stop"))
+
+    async with python_node(beam) as node:
+        process = node.spawn(idle, name="idle")
+        await erl_node.eval("[{idle, N} ! X || X <- [a, b]], ok", N=node.name)
+        await wait_until(lambda: process.queue_length() == 2)
+        info = "{ok, V} = {ok, rpc:call(N, erlang, process_info, [P | Items])}, V"
+        for items, expected in (
+            ("[message_queue_len]", "{message_queue_len, 2}"),
+            ("[messages]", "{messages, [a, b]}"),
+            ("[registered_name]", "{registered_name, idle}"),
+            ("[[memory, trap_exit]]", "[{memory, 0}, {trap_exit, false}]"),
+            ("[{dictionary, key}]", "{{dictionary, key}, undefined}"),
+        ):
+            shown = await erl_node.eval(f"Items = {items}, {info}", N=node.name, P=process.pid)
+            assert shown == await erl_node.eval(expected), items
+        # What the shell's i() picks out, and in the order of a BEAM.
+        same = """
+          Names = fun(Info) -> [Name || {Name, _} <- Info] end,
+          Names(rpc:pinfo(P)) -- [registered_name] =:= Names(rpc:pinfo(spawn(fun() -> receive x -> x end end)))
+        """
+        assert await erl_node.eval(same, P=process.pid) is True
+        badarg = "{badrpc, {'EXIT', {badarg, _}}} = rpc:call(N, erlang, process_info, [P, nonsense]), ok"
+        assert await erl_node.eval(badarg, N=node.name, P=process.pid) is OK
+
+
+async def test_connections_are_made_and_cut_by_rpc(erl_node: BeamNode, beam: Beams, otp: int) -> None:
+    other = await beam.start("erlang", otp=otp)
+    async with python_node(beam) as node:
+        bindings = {"N": node.name, "O": other.atom}
+        assert await erl_node.eval("rpc:call(N, net_kernel, connect_node, [O])", **bindings) is True
+        assert set(node.nodes()) == {erl_node.atom, other.atom}
+        assert await erl_node.eval("rpc:call(N, erlang, disconnect_node, [O])", **bindings) is True
+        assert await erl_node.eval("rpc:call(N, erlang, disconnect_node, [O])", **bindings) is False
+        assert node.nodes() == [erl_node.atom]
+        assert await erl_node.eval("rpc:call(N, net_kernel, connect_node, ['nobody@127.0.0.1'])", **bindings) is False
+        assert await erl_node.eval("rpc:call(N, net_adm, ping, [O])", **bindings) is PONG
+        assert await erl_node.eval("rpc:call(N, erlang, monitor_node, [O, true])", **bindings) is True
+        # Watched from outside: a monitor of the asking node.
+        watched = "erlang:monitor_node(N, true), erlang:disconnect_node(N), receive {nodedown, N} -> ok end"
+        assert await erl_node.eval(watched, **bindings) is OK
+
+
+async def test_messages_to_a_name_on_several_nodes_arrive(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        inbox = Collector(node, "inbox")
+        assert await erl_node.eval("rpc:sbcast([N], inbox, one)", N=node.name) == ([node.name], [])
+        assert await erl_node.eval("rpc:sbcast([N], nobody, one)", N=node.name) == ([], [node.name])
+        assert await erl_node.eval("rpc:abcast([N], inbox, two)", N=node.name) is Atom("abcast")
+        assert await erl_node.eval("gen_server:abcast([N], inbox, three)", N=node.name) is Atom("abcast")
+        assert [await inbox.next() for _ in range(3)] == [
+            Atom("one"),
+            Atom("two"),
+            (Atom("$gen_cast"), Atom("three")),
+        ]
 
 
 async def test_a_send_connects_again_as_in_erlang(erl_node: BeamNode, beam: Beams) -> None:

@@ -225,6 +225,11 @@ async def test_rex_answers_what_older_nodes_send(places: tuple[Node, Node], func
     assert await me.next() == (Atom("features_reply"), called.name, [ERPC])
     cast(caller, rex, (Atom("cast"), Atom("m"), Atom("note"), [1], leader))
     await wait_until(lambda: functions.casts == [1])
+    inbox = Collector(called, "inbox")
+    for name, answer in (("inbox", called.name), ("nobody", (Atom("nonexisting_name"), Atom("nobody")))):
+        me.process.send(rex, (me.process.pid, (Atom("sbcast"), Atom(name), b"to all")))
+        assert await me.next() == (REX, called.name, answer)
+    assert await inbox.next() == b"to all"
     with pytest.raises(CallTimeout):
         await call(caller, rex, Atom("nonsense"), timeout_s=0.01)
 

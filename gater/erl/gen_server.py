@@ -156,6 +156,11 @@ class ServerReceiver:
         self.process: Process
         self._kept: deque[Term] = deque()
 
+    def attach(self, process: Process) -> None:
+        """Take the messages of `process`, which runs the server."""
+        self.process = process
+        process.kept = self._kept
+
     def receive(self, message: Term) -> Awaitable[None] | None:
         if type(message) is tuple and message:
             kind = message[0]
@@ -219,7 +224,8 @@ class ServerReceiver:
                 reply = OK
             case "resume":
                 self.suspended = False
-                kept, self._kept = self._kept, deque()
+                kept = list(self._kept)
+                self._kept.clear()
                 self.process.node.reply(caller, OK, self.process.pid)
                 self.process.put_back(kept)
                 return None
@@ -348,7 +354,8 @@ def spawn_server(node: Node, server: GenServer, *, name: str | Atom | None = Non
     """The process of `server`, without calling its `init`."""
     receiver = ServerReceiver(server)
     process = node.spawn_receiver(receiver, name=name)
-    receiver.process = server.process = process
+    receiver.attach(process)
+    server.process = process
     process.spine_levels = server.spine_levels
     process.initial_call = (_GEN_SERVER, Atom("init_it"), 6)
     return process

@@ -19,11 +19,13 @@ from gater.erl.errors import ErlangError, ErlError
 from gater.erl.handshake import has_long_name
 from gater.erl.node import Node
 from gater.erl.phash2 import phash2
+from gater.erl.process import Process
 from gater.erl.rpc import erpc_call, erpc_cast, erpc_multicall, rpc_call, rpc_multicall
 from gater.erl.terms import Atom, Pid, Port, Reference, Term
 
 UNDEFINED: Final = Atom("undefined")
 _BADARG: Final = Atom("badarg")
+_REGISTERED_NAME: Final = Atom("registered_name")
 _INFINITY: Final = Atom("infinity")
 _OK: Final = Atom("ok")
 _ERROR: Final = Atom("error")
@@ -93,32 +95,12 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
         process = node.process(pid)
         if process is None:
             return UNDEFINED
-        known: dict[str, Term] = {
-            "registered_name": Atom(process.name) if process.name is not None else [],
-            "current_function": process.initial_call or (Atom("python"), Atom("receive"), 0),
-            "initial_call": process.initial_call or (Atom("python"), Atom("spawn"), 0),
-            "status": Atom("waiting"),
-            "message_queue_len": process.queue_length(),
-            "links": list(process.links),
-            "dictionary": [],
-            "trap_exit": process.trap_exit,
-            "error_handler": Atom("error_handler"),
-            "priority": Atom("normal"),
-            "group_leader": process.group_leader,
-            "total_heap_size": 0,
-            "heap_size": 0,
-            "stack_size": 0,
-            "reductions": 0,
-            "memory": 0,
-            "monitors": [(Atom("process"), monitor.object) for monitor in process.monitors.values()],
-            "monitored_by": [each[0] for each in process.monitored_by.values() if isinstance(each, tuple)],
-        }
+        known = _process_items(process)
         if items is None:
-            hidden = ("monitors", "monitored_by", "memory")
-            return [(Atom(name), value) for name, value in known.items() if name not in hidden]
+            return [(Atom(name), known[name]()) for name in _USUAL_ITEMS if name in known]
         if type(items) is list:
             return [_item(known, each) for each in items]
-        if items is Atom("registered_name") and process.name is None:
+        if items is _REGISTERED_NAME and process.name is None:
             return []
         return _item(known, items)
 
@@ -135,6 +117,12 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
             "logical_processors": 1,
             "process_count": len(list(node.processes())),
             "process_limit": 1 << 28,
+            "port_count": 0,
+            "port_limit": 1 << 16,
+            "dirty_cpu_schedulers": 0,
+            "dirty_cpu_schedulers_online": 0,
+            "dirty_io_schedulers": 0,
+            "thread_pool_size": 0,
             "creation": node.creation,
             "smp_support": True,
             "threads": True,
@@ -146,13 +134,15 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
         return answers[name]
 
     def memory(item: Term = None) -> Term:
-        total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = _resident_bytes()
         answers: dict[str, Term] = dict.fromkeys(
             ("processes", "processes_used", "atom", "atom_used", "binary", "code", "ets"), 0
         )
         answers = {"total": total, "system": total, **answers}
         if item is None:
             return [(Atom(name), value) for name, value in answers.items()]
+        if type(item) is list and all(type(each) is Atom and each.name in answers for each in item):
+            return [(each, answers[each.name]) for each in item]
         if type(item) is Atom and item.name in answers:
             return answers[item.name]
         raise ErlangError(_BADARG)
@@ -163,9 +153,13 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
                 return (int(node.uptime_s * 1000), 0)
             case Atom(name="runtime"):
                 return (int(time.process_time() * 1000), 0)
-            case Atom(name="reductions" | "exact_reductions"):
+            case Atom(name="reductions" | "exact_reductions" | "context_switches"):
                 return (0, 0)
-            case Atom(name="run_queue" | "total_run_queue_lengths"):
+            case Atom(name="garbage_collection"):
+                return (0, 0, 0)
+            case Atom(name="io"):
+                return ((Atom("input"), 0), (Atom("output"), 0))
+            case Atom(name="run_queue" | "total_run_queue_lengths" | "total_active_tasks"):
                 return 0
         raise ErlangError(_BADARG)
 
@@ -195,6 +189,14 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
 
     def module_exported(module: Term, function: Term, arity: Term) -> Term:
         return node.exports.find(module, function, arity) is not None
+
+    def monitor_node(peer: Term, flag: Term) -> Term:
+        # The watcher is the process of this call, which ends with it. What remains is that a connection is made.
+        if type(flag) is not bool:
+            raise ErlangError(_BADARG)
+        if _node_name(peer) is not node.name and flag:
+            node.connection(peer)
+        return True
 
     def unregistered_name(_: Term) -> Term:
         return UNDEFINED
@@ -231,6 +233,7 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
             "loaded": node.exports.modules,
             "function_exported": module_exported,
             "module_loaded": node.exports.has_module,
+            "monitor_node": monitor_node,
             "disconnect_node": lambda peer: node.disconnect(_node_name(peer)),
             "exit": _exit(node),
             "send": _send(node),
@@ -248,6 +251,8 @@ def _of_node(node: Node) -> dict[str, dict[str, Callable[..., Term]]]:
             "longnames": lambda: long_names(node),
             "nodename": lambda: node.name,
         },
+        # The `nodes()` of the shell.
+        "c": {"nodes": nodes},
         "code": {
             "ensure_loaded": ensure_loaded,
             "is_loaded": is_loaded,
@@ -381,7 +386,70 @@ def _send(node: Node) -> Callable[[Term, Term], Term]:
     return send
 
 
-def _item(known: dict[str, Term], item: Term) -> Term:
+def _process_items(process: Process) -> dict[str, Callable[[], Term]]:
+    """What `erlang:process_info/2` may be asked of a process, and how it is found out."""
+    call = process.initial_call or (Atom("python"), Atom("receive"), 0)
+    numbers = ("total_heap_size", "heap_size", "stack_size", "reductions", "memory", "min_heap_size", "catchlevel")
+    nothing = ("dictionary", "garbage_collection", "suspending", "binary", "sequential_trace_token")
+    return {
+        **dict.fromkeys(numbers, lambda: 0),
+        **dict.fromkeys(nothing, _nothing),
+        "registered_name": lambda: [] if process.name is None else Atom(process.name),
+        "current_function": lambda: call,
+        "current_location": lambda: (*call, []),
+        "current_stacktrace": lambda: [(*call, [])],
+        "initial_call": lambda: process.initial_call or (Atom("python"), Atom("spawn"), 0),
+        "status": lambda: Atom("waiting"),
+        "message_queue_len": process.queue_length,
+        "messages": process.messages,
+        "message_queue_data": lambda: Atom("on_heap"),
+        "links": lambda: list(process.links),
+        "trap_exit": lambda: process.trap_exit,
+        "error_handler": lambda: Atom("error_handler"),
+        "priority": lambda: Atom("normal"),
+        "group_leader": lambda: process.group_leader,
+        "parent": lambda: UNDEFINED,
+        "trace": lambda: 0,
+        "monitors": lambda: [(Atom("process"), monitor.object) for monitor in process.monitors.values()],
+        "monitored_by": lambda: [each[0] for each in process.monitored_by.values() if isinstance(each, tuple)],
+    }
+
+
+_USUAL_ITEMS: Final = (
+    "registered_name",
+    "current_function",
+    "initial_call",
+    "status",
+    "message_queue_len",
+    "links",
+    "dictionary",
+    "trap_exit",
+    "error_handler",
+    "priority",
+    "group_leader",
+    "total_heap_size",
+    "heap_size",
+    "stack_size",
+    "reductions",
+    "garbage_collection",
+    "suspending",
+)
+"""The items of `erlang:process_info/1`, in its order."""
+
+
+def _item(known: dict[str, Callable[[], Term]], item: Term) -> Term:
     if type(item) is Atom and item.name in known:
-        return (item, known[item.name])
+        return (item, known[item.name]())
+    if type(item) is tuple and len(item) == 2 and item[0] is Atom("dictionary"):
+        # One key of the process dictionary; there is none.
+        return (item, UNDEFINED)
     raise ErlangError(_BADARG)
+
+
+def _resident_bytes() -> int:
+    """The memory of this process that is in RAM, or the most it ever was where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
@@ -140,6 +140,7 @@ class Process:
         "alive",
         "group_leader",
         "initial_call",
+        "kept",
         "links",
         "monitored_by",
         "monitors",
@@ -174,6 +175,8 @@ class Process:
         self.aliases: set[Reference] = set()
         self.tied: set[Reference] = set()
         """Those of the aliases that end with the monitor of the same reference."""
+        self.kept: Collection[Term] = ()
+        """Messages that the receiver has taken and not handled yet: they are in the queue as well, at its front."""
         self.alive = True
         self.scheduled = False
         self._mailbox: deque[Term] = deque()
@@ -271,7 +274,11 @@ class Process:
 
     def queue_length(self) -> int:
         """How many messages wait."""
-        return len(self._mailbox)
+        return len(self.kept) + len(self._mailbox)
+
+    def messages(self) -> list[Term]:
+        """The messages that wait, in their order."""
+        return [*self.kept, *self._mailbox]
 
     @property
     def name(self) -> str | None:
@@ -469,6 +476,7 @@ class Mailbox:
     def start(self, process: Process) -> None:
         """Run the coroutine as `process`; called by the node."""
         self.process = process
+        process.kept = self._messages
         self._task = asyncio.ensure_future(self._main(self))
         self._task.add_done_callback(self._finished)
 

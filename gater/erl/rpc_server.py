@@ -32,6 +32,8 @@ REX: Final = Atom("rex")
 _CALL: Final = Atom("call")
 _BLOCK_CALL: Final = Atom("block_call")
 _CAST: Final = Atom("cast")
+_SBCAST: Final = Atom("sbcast")
+_NONEXISTING_NAME: Final = Atom("nonexisting_name")
 _SYSTEM_LIMIT: Final = Atom("system_limit")
 
 log = structlog.get_logger(__name__)
@@ -186,6 +188,12 @@ class _Rex(GenServer):
         match message:
             case (Pid() as sender, (kind, _, _, _, _) as request) if kind is _CALL:
                 self._run(request, lambda answer: self.process.send(sender, (REX, answer)))
+            case (Pid() as sender, (kind, Atom() as name, sent)) if kind is _SBCAST:
+                known = self.node.whereis(name)
+                if known is not None:
+                    known.deliver(sent)
+                own = self.node.name
+                self.process.send(sender, (REX, own, own if known is not None else (_NONEXISTING_NAME, name)))
             case (Pid() as sender, Atom(name="features_request")):
                 self.process.send(sender, (Atom("features_reply"), self.node.name, [ERPC]))
 
