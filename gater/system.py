@@ -28,7 +28,7 @@ from gater.api.subscriptions.door import Subscriptions
 from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
-from gater.cluster.monitor import ClusterMonitor
+from gater.cluster.monitor import Change, ClusterMonitor, NodeChanged
 from gater.cluster.strategy import DnsPoll, StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
 from gater.erl.errors import CallTimeout
@@ -98,6 +98,8 @@ class System:
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
         )
         self.service.quorum = self._no_quorum
+        self.service.doubt = self.monitor.doubt
+        self.monitor.watch(self._monitor_saw)
         self._supervisor = Supervisor(
             [
                 ChildSpec("swarm", self.swarm.start),
@@ -153,6 +155,10 @@ class System:
         log.info("told_to_stop", node=self.settings.name)
         self.told_to_stop.set()
         return Atom("ok")
+
+    def _monitor_saw(self, change: Change) -> None:
+        if type(change) is NodeChanged and "suspect" in (change.before, change.after):
+            self.service.suspect(change.node, change.after == "suspect")
 
     def _no_quorum(self, store: Atom) -> Term | None:
         """The split-brain guard: what `{:error, {:no_quorum, details}}` says, or None while all is well."""

@@ -17,6 +17,7 @@ from gater.cluster import monitor
 from gater.cluster.connector import Connector
 from gater.cluster.monitor import (
     DIFFER_FOR_S,
+    DOUBT_TIMEOUT_S,
     HEALTH_INTERVAL_S,
     MAX_STORES_PER_NODE,
     MINORITY_AFTER_S,
@@ -176,6 +177,22 @@ def test_a_node_that_does_not_answer_is_suspect_until_it_does() -> None:
     assert changes(cluster.pass_time(RECHECK_S)) == [(B, "suspect", "up", True)]
     assert cluster.node(B).error is None
     assert cluster.store.reachable == (A, B, C)
+
+
+def test_a_node_that_somebody_waited_for_in_vain_is_asked_at_once_and_suspect_if_it_is_silent() -> None:
+    cluster = Cluster(A, B, C)
+    (ask,) = cluster.state.doubt(B)
+    assert isinstance(ask, Ask)
+    assert ask == Ask(B, Question("alive"))
+    assert ask.timeout_s == DOUBT_TIMEOUT_S
+    assert cluster.state.doubt(B) == []
+    assert cluster.state.answered(B, ask.question, B, cluster.now, cluster.now) == []
+    assert cluster.state.doubt(B) == [ask]
+    told = cluster.state.unanswered(B, ask.question, "alive not answered", cluster.now + DOUBT_TIMEOUT_S)
+    assert NodeChanged(B, "up", "suspect", True) in told
+    # It is asked on anyway.
+    assert cluster.state.doubt(B) == []
+    assert cluster.state.doubt(CLIENT) == []
 
 
 def test_a_question_that_is_still_unanswered_is_not_asked_again() -> None:

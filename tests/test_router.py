@@ -228,6 +228,24 @@ def test_a_node_that_keeps_failing_is_asked_ever_less_often() -> None:
     assert pauses[-1] == MAX_OPEN_S
 
 
+def test_a_suspect_node_gets_nothing_until_it_answers_again() -> None:
+    router = router_of(*(entry(node, 1) for node in range(3)))
+    owner, second, _ = router.owners(STORE, b"stream")
+    router.suspect(owner, True)
+    assert router.owner(STORE, b"stream", NOW) is second
+    assert all(worker.node is not owner for _ in range(10) if (worker := router.choose(STORE, None, NOW)) is not None)
+    # However long ago it was: it is others who ask it.
+    assert router.owner(STORE, b"stream", NOW + 10 * MAX_OPEN_S) is second
+    for _ in range(MAX_FAILURES):
+        router.breaker(owner).failed(NOW)
+    router.suspect(owner, False)
+    assert router.owner(STORE, b"stream", NOW) is owner
+    router.suspect(owner, True)
+    router.node_down(owner)
+    router.registered(NODES[0], [entry(node, 1) for node in range(3)])
+    assert router.owner(STORE, b"stream", NOW) is owner
+
+
 def test_when_every_node_is_left_out_one_is_asked_all_the_same() -> None:
     router = router_of(entry(0, 1), entry(1, 1))
     for node in NODES[:2]:

@@ -427,6 +427,7 @@ class _AppendCall:
         if self._service.router.breaker(node).failed(self._loop.time()):
             log.warning("node_left_out", store=str(self._store), peer=str(node))
             self._appends.left_out(node)
+        self._service.doubt(node)
         self._avoid.add(node)
 
     def _again(self, step: Step) -> None:

@@ -12,7 +12,7 @@ the next in that order takes its place. Other requests go to the less loaded of 
 good as the least loaded of all and cannot make all gateways choose the same one.
 
 A node whose requests fail `MAX_FAILURES` times in a row is left out (*open*), after a while one request is let through
-(*half-open*), and its outcome decides (a circuit breaker).
+(*half-open*), and its outcome decides (a circuit breaker). A node that is *suspect* is left out until it is not.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Router:
         self._workers: dict[Term, Worker] = {}
         self._stores: dict[Atom | None, dict[Atom, list[Worker]]] = {}
         self._breakers: dict[Atom, Breaker] = {}
+        self._suspect: set[Atom] = set()
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -209,7 +210,20 @@ class Router:
             self.remove(worker)
         self.registered(node, ())
         self._breakers.pop(node, None)
+        self._suspect.discard(node)
         return gone
+
+    def suspect(self, node: Atom, is_suspect: bool) -> None:
+        """A node does not answer, or does again; who says so goes on asking, so that no request has to be the probe."""
+        if is_suspect:
+            self._suspect.add(node)
+        elif node in self._suspect:
+            self._suspect.discard(node)
+            self.breaker(node).succeeded()
+
+    def allows(self, node: Atom, now: float) -> bool:
+        """Whether requests are sent to a node."""
+        return node not in self._suspect and self.breaker(node).allows(now)
 
     def breaker(self, node: Atom) -> Breaker:
         """The circuit breaker of a node."""
@@ -232,7 +246,7 @@ class Router:
         """
         owners = [node for node in self.owners(store, stream) if node not in avoid]
         for node in owners:
-            if self.breaker(node).allows(now):
+            if self.allows(node, now):
                 return node
         return owners[0] if owners else None
 
@@ -256,7 +270,7 @@ class Router:
     def _allowed(self, workers: list[Worker], now: float, avoid: Collection[Atom]) -> list[Worker]:
         if avoid:
             workers = [worker for worker in workers if worker.node not in avoid]
-        allowed = [worker for worker in workers if self.breaker(worker.node).allows(now)]
+        allowed = [worker for worker in workers if self.allows(worker.node, now)]
         return allowed or workers
 
     def _less_loaded(self, workers: list[Worker]) -> Worker | None:

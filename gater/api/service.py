@@ -122,6 +122,8 @@ class Service:
         """Store nodes that were asked how they append: the expressions they have parsed for us, None if they cannot."""
         self.quorum: Callable[[Atom], Term | None] = lambda store: None
         """Why a store must not be written to now (the details of `no_quorum`), or None."""
+        self.doubt: Callable[[Atom], None] = lambda node: None
+        """Told which node has not answered in time."""
         self._appends = Appends(self)
         self.timeout_s = timeout_s
         self.max_requests = max_requests
@@ -297,6 +299,12 @@ class Service:
             return False
         return True
 
+    def suspect(self, node: Atom, is_suspect: bool) -> None:
+        """A node does not answer at all, or does again."""
+        self.router.suspect(node, is_suspect)
+        if is_suspect:
+            self._appends.left_out(node)
+
     # Workers
 
     def watch(self, worker: Worker) -> None:
@@ -445,6 +453,7 @@ class _Call:
             return
         if self._service.router.breaker(worker.node).failed(self._loop.time()):
             log.warning("node_left_out", store=str(worker.store), peer=str(worker.node))
+        self._service.doubt(worker.node)
         self._tried.add(worker.node)
 
     def _replied(self, worker: Worker, reply: Term, error: CallError | None) -> None:

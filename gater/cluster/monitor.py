@@ -41,6 +41,9 @@ HEALTH_INTERVAL_S: Final = 30.0
 ASK_TIMEOUT_S: Final = 3.0
 """A node that needs longer for an answer it has in memory is suspect."""
 
+DOUBT_TIMEOUT_S: Final = 1.0
+"""The same for a node that has just failed to answer something else in time: two silences in a row are enough."""
+
 REMEMBER_DOWN_S: Final = 300.0
 """How long a node that is down and that nobody wants is shown."""
 
@@ -69,7 +72,7 @@ _SMOOTHING: Final = 0.125
 """Weight of the latest answer time in the smoothed one, as TCP's round-trip estimate (RFC 6298)."""
 
 NodeState: TypeAlias = Literal["connecting", "up", "suspect", "down", "draining"]
-QuestionKind: TypeAlias = Literal["applications", "stores", "leader", "members"]
+QuestionKind: TypeAlias = Literal["alive", "applications", "stores", "leader", "members"]
 Problem: TypeAlias = Literal["minority", "leaders_differ", "members_differ"]
 
 _TIMEOUT: Final = (ERPC, Atom("timeout"))
@@ -89,6 +92,8 @@ class Question:
     def mfa(self) -> tuple[Atom, Atom, list[Term]]:
         """The function called on the node."""
         match self.kind:
+            case "alive":
+                return Atom("erlang"), Atom("node"), []
             case "applications":
                 return Atom("application"), Atom("which_applications"), []
             case "stores":
@@ -106,6 +111,11 @@ class Ask:
 
     node: Atom
     question: Question
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for the answer."""
+        return DOUBT_TIMEOUT_S if self.question.kind == "alive" else ASK_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +333,13 @@ class ClusterState:
         node.said_draining = True
         return [*self._enter(name, node, "draining", now), *self._look_at_stores(now)]
 
+    def doubt(self, name: Atom) -> list[Effect]:
+        """Somebody has waited for this node in vain: is it there at all?"""
+        node = self._nodes.get(name)
+        if node is None or node.state != "up":
+            return []
+        return self._put(name, node, Question("alive"))
+
     def holds(self, name: Atom, stores: Iterable[Atom], now: float) -> list[Effect]:
         """Somebody knows which stores a node holds, for instance from the workers it registered."""
         node = self._nodes.get(name)
@@ -339,6 +356,8 @@ class ClusterState:
             return []
         effects = self._alive(name, node, question, asked_at, now)
         match question.kind:
+            case "alive":
+                pass
             case "applications":
                 effects += self._applications(name, node, answer, now)
             case "stores":
@@ -646,6 +665,10 @@ class ClusterMonitor:
         """Tell which stores a node holds; for nodes that do not answer `khepri:get_store_ids/0`."""
         self._carry_out(self._state.holds(peer, stores, self._now()))
 
+    def doubt(self, peer: Atom) -> None:
+        """Tell that a node has not answered in time: it is asked at once, and suspect if it does not answer that."""
+        self._carry_out(self._state.doubt(peer))
+
     def draining(self, peer: Atom) -> None:
         """Tell that a node is going to stop."""
         self._carry_out(self._state.draining(peer, self._now()))
@@ -756,12 +779,12 @@ class ClusterMonitor:
             elif error.reason == _NOCONNECTION:
                 return  # `disconnected` follows, with the reason.
             elif error.reason == _TIMEOUT:
-                reason = f"{ask.question.kind} not answered within {ASK_TIMEOUT_S:g} s"
+                reason = f"{ask.question.kind} not answered within {ask.timeout_s:g} s"
                 effects = self._state.unanswered(ask.node, ask.question, reason, now)
             else:
                 effects = self._state.refused(ask.node, ask.question, asked_at, now)
             self._carry_out(effects)
             self._plan()
 
-        pending = PendingRpc(self._node, ask.node, ask.question.mfa, done, ASK_TIMEOUT_S)
+        pending = PendingRpc(self._node, ask.node, ask.question.mfa, done, ask.timeout_s)
         self._asking.add(pending)
