@@ -3,7 +3,7 @@
 
 defmodule Chaos.Writers do
   @moduledoc """
-  `start(options)` starts writers, `stop/0` ends them after the call each is in, `save(path)` writes their records:
+  `start(options)` starts writers, `stop/0` ends them after the call each is in, `save(path)` writes their records and forgets them:
   `{stream, expected, ids, answer, at_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`.
   """
 
@@ -57,8 +57,10 @@ defmodule Chaos.Writers do
       {{:save, path}, from, ref} ->
         records = for {record} <- :ets.tab2list(:chaos_records), do: record
         File.write!(path, :erlang.term_to_binary(records))
+        # The end: there may be others who start anew.
+        :ets.delete(:chaos_records)
+        Process.unregister(__MODULE__)
         send(from, {ref, :ok})
-        answer_questions(tasks)
     end
   end
 

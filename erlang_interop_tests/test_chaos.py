@@ -25,6 +25,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAOS_S: Final = float(os.environ.get("GATER_TESTS_CHAOS_S", "12"))
 PLAIN_S: Final = 7.0
+PLAIN_ROUNDS: Final = 5
+"""On a busy machine there may be too few appends for a loss in one."""
 OK: Final = Atom("ok")
 ERROR: Final = Atom("error")
 THE_STORE: Final = Atom(STORE)
@@ -246,9 +248,14 @@ async def test_nothing_is_lost(home: House, tmp_path: Path) -> None:
 
 async def test_appends_by_random_workers_lose_events(tmp_path: Path) -> None:
     async with beams() as beam, house(beam, gaters=0) as home:
-        verdict = await run_chaos(home, PLAIN_S, seed=1, directory=tmp_path, by_workers=True, longest_fault_s=1.5)
-    print(verdict.report())
-    assert verdict.losses > 0, "a test that finds no loss here finds none anywhere"
+        for seed in range(PLAIN_ROUNDS):
+            verdict = await run_chaos(
+                home, PLAIN_S, seed=seed, directory=tmp_path, by_workers=True, longest_fault_s=1.5
+            )
+            print(verdict.report())
+            if verdict.losses > 0:
+                return
+    pytest.fail("a test that finds no loss here finds none anywhere")
 
 
 class Split:

@@ -12,11 +12,14 @@ import os
 import random
 from typing import Final
 
-from erlang_interop_tests.beam import BeamError, BeamFailure
+from erlang_interop_tests.beam import BeamError, BeamFailure, wait_until
 from erlang_interop_tests.standin import StandInCluster
 from gater.erl.terms import Atom
 
 SECONDS: Final = float(os.environ.get("GATER_TESTS_STANDIN_CHAOS_S", "6"))
+ENOUGH: Final = 100
+PATIENCE_S: Final = 60.0
+"""A busy machine goes on until there was something to see."""
 STREAMS: Final = 4
 WRITERS_PER_STREAM: Final = 2
 PUT_TIMEOUT_MS: Final = 1_500
@@ -111,6 +114,12 @@ async def test_guarded_puts_survive_kills_freezes_and_cuts(standin_of_three: Sta
     running = [asyncio.create_task(writer.run(stop)) for writer in writers]
     troublemaker = asyncio.create_task(trouble(standin_of_three, random.Random(seed), stop))
     await asyncio.sleep(SECONDS)
+
+    def enough() -> bool:
+        refused = any(writer.refused for writer in writers)
+        return refused and sum(len(writer.acknowledged) for writer in writers) > ENOUGH
+
+    await wait_until(enough, PATIENCE_S, what=f"{ENOUGH} puts acknowledged, and some refused")
     stop.set()
     await asyncio.gather(*running, troublemaker)
     await standin_of_three.wait_ready()
@@ -120,7 +129,5 @@ async def test_guarded_puts_survive_kills_freezes_and_cuts(standin_of_three: Sta
             assert {number: stored[number] for number in writer.acknowledged} == writer.acknowledged
             assert len(set(stored)) == len(stored)
             assert not writer.refused & set(stored)
-    assert any(writer.refused for writer in writers)
     acknowledged = sum(len(writer.acknowledged) for writer in writers)
     print(f"{acknowledged} puts acknowledged, {sum(len(writer.refused) for writer in writers)} refused")
-    assert acknowledged > 100
