@@ -11,7 +11,7 @@ from gater.erl import Node
 from gater.erl.errors import NodeError
 from gater.erl.gen_server import GenServer, call, start_server
 from gater.erl.process import NORMAL, SHUTDOWN
-from gater.erl.supervisor import ChildSpec, Restart, Strategy, Supervisor
+from gater.erl.supervisor import ChildError, ChildSpec, Restart, Strategy, Supervisor
 from gater.erl.terms import Atom
 
 OOPS = Atom("oops")
@@ -203,6 +203,54 @@ async def test_a_supervisor_says_whom_it_has(node: Node) -> None:
         "workers": 3,
     }
     assert await call(node, family.supervisor.pid, Atom("nonsense")) == (Atom("error"), Atom("not_supported"))
+
+
+async def test_a_child_can_be_ended_started_again_and_forgotten(node: Node) -> None:
+    family = await Family(node, "one_for_one").start()
+    supervisor = family.supervisor
+    supervisor.terminate_child("b")
+    assert family.events == ["-b"]
+    assert supervisor.child("b") is None
+    listed = await call(node, supervisor.pid, Atom("which_children"))
+    assert (b"b", Atom("undefined"), Atom("worker"), []) in listed
+    assert (await supervisor.restart_child("b")) is supervisor.child("b")
+    with pytest.raises(ChildError, match="is running"):
+        await supervisor.restart_child("b")
+    with pytest.raises(ChildError, match="is running"):
+        supervisor.delete_child("b")
+    supervisor.terminate_child("b")
+    supervisor.delete_child("b")
+    with pytest.raises(ChildError, match="no child"):
+        supervisor.terminate_child("b")
+    # One that is ended on purpose is not missed, and a restart of others brings it back only with one_for_all.
+    supervisor.terminate_child("a")
+    family.kill("c")
+    await family.settled(6)
+    assert supervisor.child("a") is None
+
+
+async def test_one_for_all_brings_back_a_child_that_was_ended(node: Node) -> None:
+    family = await Family(node, "one_for_all").start()
+    family.supervisor.terminate_child("a")
+    family.kill("c")
+    await wait_until(lambda: all(family.supervisor.child(each) for each in "abc"))
+
+
+async def test_a_temporary_child_that_is_ended_is_forgotten(node: Node) -> None:
+    family = await Family(node, "one_for_one", "temporary").start()
+    family.supervisor.terminate_child("a")
+    with pytest.raises(ChildError):
+        await family.supervisor.restart_child("a")
+
+
+async def test_a_child_that_cannot_start_again_is_told_so(node: Node) -> None:
+    family = await Family(node, "one_for_one").start()
+    assert await call(node, family.supervisor.pid, (Atom("terminate_child"), b"a")) is Atom("ok")
+    family.failures_to_come = 1
+    error, (reason, _) = await call(node, family.supervisor.pid, (Atom("restart_child"), b"a"))
+    assert (error, reason) == (Atom("error"), (Atom("python_error"), b"RuntimeError", b"cannot start yet"))
+    ok, pid = await call(node, family.supervisor.pid, (Atom("restart_child"), Atom("a")))
+    assert (ok, pid) == (Atom("ok"), node.whereis("a").pid)
 
 
 def test_ids_are_unique() -> None:

@@ -17,7 +17,7 @@ import structlog
 
 from gater.erl.errors import NodeError
 from gater.erl.gen_server import Caller, GenServer
-from gater.erl.process import EXIT, SHUTDOWN, Stop, described, is_failure
+from gater.erl.process import EXIT, SHUTDOWN, Stop, described, exit_reason, is_failure
 from gater.erl.terms import Atom, Term
 
 Strategy: TypeAlias = Literal["one_for_one", "one_for_all", "rest_for_one"]
@@ -29,6 +29,20 @@ MAX_SECONDS: Final = 5.0
 """... within this time are accepted."""
 
 log = structlog.get_logger(__name__)
+
+
+_OK: Final = Atom("ok")
+_ERROR: Final = Atom("error")
+_NOT_FOUND: Final = Atom("not_found")
+_RUNNING: Final = Atom("running")
+
+
+class ChildError(NodeError):
+    """What was asked of a child cannot be done; `reason` is that of `supervisor`: `not_found` or `running`."""
+
+    def __init__(self, reason: Atom, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,35 @@ class Supervisor(GenServer):
             self._specs.remove(spec)
             raise
 
+    def terminate_child(self, child_id: str) -> None:
+        """End a child and leave it ended; a temporary one is forgotten. `NodeError` if there is none of this id."""
+        spec = self._spec(child_id)
+        self._end(spec)
+        if spec.restart == "temporary":
+            self._specs.remove(spec)
+
+    async def restart_child(self, child_id: str) -> GenServer:
+        """Start a child that was ended. Raises `NodeError` if it is running or unknown, and whatever `start` raises."""
+        spec = self._spec(child_id)
+        self._check_ended(spec)
+        return await self._start(spec)
+
+    def delete_child(self, child_id: str) -> None:
+        """Forget a child that was ended. `NodeError` if it is running or unknown."""
+        spec = self._spec(child_id)
+        self._check_ended(spec)
+        self._specs.remove(spec)
+
+    def _spec(self, child_id: str) -> ChildSpec:
+        for spec in self._specs:
+            if spec.id == child_id:
+                return spec
+        raise ChildError(_NOT_FOUND, f"there is no child {child_id!r}")
+
+    def _check_ended(self, spec: ChildSpec) -> None:
+        if spec.id in self._running:
+            raise ChildError(_RUNNING, f"the child {spec.id!r} is running")
+
     async def init(self) -> None:
         self.process.trap_exit = True
         for spec in self._specs:
@@ -88,7 +131,7 @@ class Supervisor(GenServer):
         return server
 
     def handle_call(self, request: Term, caller: Caller) -> Term:
-        """`supervisor:which_children/1` and `count_children/1`; whatever else may be asked changes nothing here."""
+        """The functions of `supervisor` that need no Erlang code: children are started by Python functions only."""
         match request:
             case Atom(name="which_children"):
                 return [self._described(spec) for spec in reversed(self._specs)]
@@ -100,13 +143,31 @@ class Supervisor(GenServer):
                     (Atom("supervisors"), supervisors),
                     (Atom("workers"), len(self._specs) - supervisors),
                 ]
-        return (Atom("error"), Atom("not_supported"))
+            case (Atom(name="terminate_child" | "delete_child" as name), child_id):
+                change = self.terminate_child if name == "terminate_child" else self.delete_child
+                try:
+                    change(_id_text(child_id))
+                except ChildError as error:
+                    return (_ERROR, error.reason)
+                return _OK
+            case (Atom(name="restart_child"), child_id):
+                return self._restart_on_request(_id_text(child_id))
+        return (_ERROR, Atom("not_supported"))
+
+    async def _restart_on_request(self, child_id: str) -> Term:
+        try:
+            server = await self.restart_child(child_id)
+        except ChildError as error:
+            return (_ERROR, error.reason)
+        except Exception as error:
+            return (_ERROR, exit_reason(error))
+        return (_OK, server.pid)
 
     def _described(self, spec: ChildSpec) -> Term:
         """`{Id, Child, Type, Modules}`."""
         server = self._running.get(spec.id)
         kind = Atom("supervisor" if isinstance(server, Supervisor) else "worker")
-        child = Atom("restarting") if server is None else server.process.pid
+        child = Atom("undefined") if server is None else server.process.pid
         return (spec.id.encode(), child, kind, [Atom(type(server).__name__)] if server is not None else [])
 
     async def handle_info(self, message: Term) -> None:
@@ -172,3 +233,8 @@ class Supervisor(GenServer):
     def terminate(self, reason: Term) -> None:
         for spec in reversed(self._specs):
             self._end(spec)
+
+
+def _id_text(child_id: Term) -> str:
+    """The id that an Erlang caller means: shown to it as a binary, taken as a binary or an atom."""
+    return child_id.decode("utf-8", "replace") if type(child_id) is bytes else str(child_id)
