@@ -15,7 +15,7 @@ help:
 	@echo "make setup   make $(VENV), so that $(BIN)/gater runs"
 	@echo "make run     set up and start a gateway with an embedded store: gater start $(RUN)"
 	@echo "make test    set up (also erlang and elixir) and run every test; TESTS=... for some"
-	@echo "make chaos   five minutes of appends while nodes are killed, frozen and cut off: is anything lost?"
+	@echo "make chaos   appends and subscriptions while nodes are killed, frozen and cut off: is anything lost or missed?"
 	@echo "make compile compile the codec, which doubles its speed (needs gcc and python3-dev); make pure undoes that"
 	@echo "make soak    ten minutes (SOAK_SECONDS) of calls, links and monitors while connections are cut: does anything stay?"
 	@echo "make bench   measure, side by side with others"
@@ -34,8 +34,10 @@ TESTS := tests erlang_interop_tests
 test: $(VENV)/.stamp-test beam
 	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
 
+SUBSCRIPTIONS_ARGS :=
 chaos: $(VENV)/.stamp-test beam
 	$(BIN)/python -m erlang_interop_tests.chaos $(ARGS)
+	$(BIN)/python -m erlang_interop_tests.chaos_subscriptions $(SUBSCRIPTIONS_ARGS)
 
 compile: $(VENV)/.stamp-test
 	GATER_COMPILE=1 $(BIN)/python setup.py --quiet build_ext --inplace

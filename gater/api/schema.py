@@ -475,7 +475,7 @@ _PARTIALLY_APPENDED: Final = Atom("partially_appended")
 _STORED: Final = Atom("stored")
 _OF: Final = Atom("of")
 _NO_QUORUM: Final = Atom("no_quorum")
-_STORAGE_FAILED: Final = Atom("storage_failed")
+STORAGE_FAILED: Final = Atom("storage_failed")
 _REPLY_TOO_LARGE: Final = Atom("reply_too_large")
 NOT_FOUND: Final = Atom("not_found")
 _KHEPRI: Final = Atom("khepri")
@@ -546,7 +546,7 @@ def no_quorum(details: Term) -> Term:
 
 
 def storage_failed(text: str) -> Term:
-    return (_STORAGE_FAILED, text.encode())
+    return (STORAGE_FAILED, text.encode())
 
 
 def reply_too_large(text: str) -> Term:

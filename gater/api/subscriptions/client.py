@@ -27,7 +27,13 @@ from gater.pubsub.messages import parse_events
 Action: TypeAlias = Literal["retry", "skip", "park", "stop"]
 
 FIND_GATEWAY_S: Final = 10.0
-"""How long a gateway is looked for when a subscription starts, and when the one it had is gone."""
+"""How long a gateway that takes the subscription is looked for when it starts."""
+
+MOVE_S: Final = 60.0
+"""The same when the one that had it is gone: there may be none for a while."""
+
+_FOR_GOOD: Final = frozenset({Atom("subscription_refused"), Atom("invalid_request")})
+"""Reasons that will be the same wherever and whenever it is tried again."""
 
 TRY_AGAIN_S: Final = 0.1
 """Between two looks."""
@@ -151,9 +157,9 @@ class EventSubscription:
             self._service.node, gateway.address, (Atom(op), store, name, process.pid, schema.event_place(event), *more)
         )
 
-    async def _subscribe(self) -> None:
+    async def _subscribe(self, patience_s: float = FIND_GATEWAY_S) -> None:
         loop = asyncio.get_running_loop()
-        until = loop.time() + FIND_GATEWAY_S
+        until = loop.time() + patience_s
         store, kind, selector, name = self._request
         process = self._process
         assert process is not None
@@ -164,10 +170,11 @@ class EventSubscription:
                 reply = await call(self._service.node, gateway.address, request, timeout_s=CALL_TIMEOUT_S)
             except CallError as error:
                 reply = schema.error(schema.worker_died(error.reason))
-                if loop.time() < until:
+            if reply[0] is not schema.OK:
+                reason = reply[1][0] if type(reply[1]) is tuple else reply[1]
+                if reason not in _FOR_GOOD and loop.time() < until:
                     await asyncio.sleep(TRY_AGAIN_S)
                     continue
-            if reply[0] is not schema.OK:
                 raise schema.exception_for(reply[1], request)
             self._gateway = gateway
             self._monitor = self._service.node.monitor(gateway.address, self._gateway_down)
@@ -184,7 +191,7 @@ class EventSubscription:
 
     async def _move(self) -> None:
         try:
-            await self._subscribe()
+            await self._subscribe(MOVE_S)
         except Exception as problem:
             self._fail(problem)
 

@@ -47,8 +47,8 @@ MAX_REQUESTS: Final = 10_000
 GIVE_AWAY_S: Final = 3.0
 """How long a gateway that stops waits for its last checkpoints to be saved; whoever takes over repeats the rest."""
 
-TAKE_OVER_S: Final = 60.0
-"""How long a gateway tries to take over a subscription: its store may be choosing a new leader just then."""
+TAKE_OVER_S: Final = 600.0
+"""How long a gateway tries to take over a subscription: its store may be choosing a new leader, or be without one."""
 
 TRY_AGAIN_S: Final = 0.1
 """Before another attempt: the owner is going, or the store does not answer."""
@@ -470,6 +470,7 @@ class Subscriptions:
             positions = await saved.load()
             until = loop.time() + STALE_S
             while taken_over and positions is None and loop.time() < until:
+                # Where no member of the store can say that it has everything, it may come yet.
                 await asyncio.sleep(TRY_AGAIN_S)
                 positions = await saved.load()
             if positions is None:
@@ -478,7 +479,7 @@ class Subscriptions:
                 )
                 self._service.cast(schema.save_subscription_cast(store, record), _ignore)
                 if spec.start is not Start.NOW and not await saved.save({}):
-                    raise _Refused(refused("the store did not save the subscription"))
+                    raise _Refused(schema.storage_failed("the store did not save the subscription"))
             feed.saved[name] = saved
             await self._join(store, name, spec, subscriber, positions)
         except ValueError as problem_found:
@@ -569,20 +570,41 @@ class Subscriptions:
     async def _take_over(self, store: Atom, name: bytes, properties: Mapping[Term, Term], subscriber: Pid) -> None:
         options = properties[_OPTIONS]
         spec = _spec(properties[_TYPE], properties[_SELECTOR], options, persistent=True)
+        await self._keep_trying(store, name, spec, options, subscriber, taken_over=True)
+
+    async def _keep_trying(
+        self,
+        store: Atom,
+        name: bytes,
+        spec: Spec,
+        options: Mapping[Term, Term],
+        subscriber: Pid,
+        *,
+        taken_over: bool,
+    ) -> None:
+        """Subscribe for somebody who has subscribed already, here or wherever the subscription runs now."""
         with_subscriber = {**options, _SUBSCRIBER: subscriber}
         until = asyncio.get_running_loop().time() + TAKE_OVER_S
         while not self._stopping and asyncio.get_running_loop().time() < until:
+            reason: Term
             try:
-                await self._subscribe_persistent(store, name, spec, with_subscriber, subscriber, False, taken_over=True)
+                await self._subscribe_persistent(
+                    store, name, spec, with_subscriber, subscriber, False, taken_over=taken_over
+                )
                 return
             except _Refused as problem:
-                if problem.reason == not_found(name):
+                reason = problem.reason
+                if reason == not_found(name):
                     return  # another gateway has it
-                log.warning("take_over_refused", subscription=name.decode(), reason=repr(problem.reason))
-                return
+                if type(reason) is not tuple or reason[0] is not schema.STORAGE_FAILED:
+                    log.warning("take_over_refused", subscription=name.decode(), reason=repr(reason))
+                    return
             except Unreadable as problem:
-                log.warning("take_over_delayed", subscription=name.decode(), reason=repr(problem.args[0])[:200])
-                await asyncio.sleep(TRY_AGAIN_S)
+                reason = problem.args[0]
+            log.warning("take_over_delayed", subscription=name.decode(), reason=repr(reason)[:200])
+            await asyncio.sleep(TRY_AGAIN_S)
+        if not self._stopping:
+            log.error("take_over_given_up", subscription=name.decode(), pid=str(subscriber))
 
     def lost(self, owned: _Owned) -> None:
         """Another gateway has the name now: our subscribers go there."""
@@ -593,14 +615,9 @@ class Subscriptions:
         feed.release(owned.name)
         self._forget(owned)
         for subscriber in subscribers:
-            options = {**owned.options, _SUBSCRIBER: subscriber}
-            self._spawn(self._move(owned, options, subscriber))
-
-    async def _move(self, owned: _Owned, options: Mapping[Term, Term], subscriber: Pid) -> None:
-        try:
-            await self._subscribe_persistent(owned.store, owned.name, owned.spec, options, subscriber, False)
-        except (_Refused, Unreadable) as problem:
-            log.warning("subscriber_not_moved", subscription=owned.name.decode(), reason=repr(problem))
+            self._spawn(
+                self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
+            )
 
     async def _give_away(self, owned: _Owned) -> None:
         feed = self.feed(owned.store)

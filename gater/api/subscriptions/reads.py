@@ -15,11 +15,15 @@ from gater.api import schema
 from gater.api.service import Service, decoded
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.erl.errors import ErlangException, ErlError
+from gater.erl.gen_server import call
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
 
 COUNTS_TIMEOUT_S: Final = 8.0
 """Less than the feed waits for an answer (`poll.ANSWER_S`); a count of 100,000 streams takes half a second."""
+
+FENCE_S: Final = 1.0
+"""For a member of the store to catch up, before another one is asked."""
 
 INDEX_TIMEOUT_S: Final = 2.0
 """For the Raft index, which takes a fraction of a millisecond on a node that is well."""
@@ -56,6 +60,26 @@ class StoreReads:
 
         self.ask(request, on_reply)
         return await answered
+
+    async def certain_reply(self, request: Term) -> Term:
+        """As `reply`, but of a member of the store that has everything there is, where a store offers to say so."""
+        service = self._service
+        nodes = self._khepri_nodes()
+        if service.is_embedded(self.store) or not nodes:
+            return await self.reply(request)
+        for node in nodes:
+            worker = service.router.worker_on(self.store, node)
+            if worker is None:
+                continue
+            try:
+                caught_up = await erpc_call(
+                    service.node, node, "khepri", "fence", [self.store, round(FENCE_S * 1000)], timeout_s=FENCE_S
+                )
+                if caught_up is schema.OK:
+                    return await call(service.node, worker.address, request, timeout_s=FENCE_S)
+            except (ErlangException, ErlError):
+                continue
+        return schema.error(schema.storage_failed("no member of the store says that it has everything"))
 
     def page(self, stream: bytes, start: int, count: int, on_page: Callable[[Sequence[Event] | None], None]) -> None:
         """`count` events from `start` on; None if they could not be read."""

@@ -96,10 +96,13 @@ class Snapshots:
                 return False
             await asyncio.sleep(LOOK_AGAIN_S)
 
-    async def all(self, source: str, stream: str | bytes | None) -> list[tuple[bytes, bytes, int, Mapping[Term, Term]]]:
-        """The snapshots of a source: source, stream, version, record. Raises `Unreadable`."""
+    async def all(
+        self, source: str, stream: str | bytes | None, *, certain: bool = False
+    ) -> list[tuple[bytes, bytes, int, Mapping[Term, Term]]]:
+        """The snapshots of a source: source, stream, version, record; `certain`: all there are, not what some member of
+        the store knows by now. Raises `Unreadable`."""
         request = schema.list_snapshots_request(self.store, source, schema.ANY if stream is None else stream)
-        reply = await self._reads.reply(request)
+        reply = await (self._reads.certain_reply(request) if certain else self._reads.reply(request))
         if reply[0] is not schema.OK:
             raise Unreadable(reply[1])
         return [
@@ -134,7 +137,7 @@ class SavedState:
     async def load(self) -> dict[bytes, int] | None:
         """The positions that were saved, None if there are none. Raises `Unreadable`; ValueError if the subscription of
         this name has another type or selector."""
-        found = await self._snapshots.all(CHECKPOINTS, self.name)
+        found = await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
         if not found:
             return None
         positions: dict[bytes, int] = {}
