@@ -127,3 +127,11 @@ async def test_nodes_speak_tls(epmd: Epmd, tmp_path: Path) -> None:
     async with started(example("sh", "inet_tls"), "sh", epmd, tmp_path) as elixir:
         assert await line(elixir) == "tls is up"
         assert await printed(example("python", "NodeTls"), "python", epmd, tmp_path) == ["tls@127.0.0.1"]
+
+
+def test_every_example_of_the_guide_is_run_here() -> None:
+    run = re.findall(r'example\("(\w+)", "([^"]+)"\)', Path(__file__).read_text())
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 10
+    for language, block in blocks:
+        assert any(language == of and containing in block for of, containing in run), block

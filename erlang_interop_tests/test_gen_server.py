@@ -11,7 +11,7 @@ from erlang_interop_tests.python_node import Server, python_node
 from gater.erl.errors import CallTimeout, NoProcess, ProcessDied
 from gater.erl.gen_server import GenServer, call, cast, spawn_server, start_server, stop
 from gater.erl.supervisor import ChildSpec, Supervisor
-from gater.erl.terms import Atom
+from gater.erl.terms import Atom, Term
 
 OOPS = Atom("oops")
 COUNT, LATER, ECHO = Atom("count"), Atom("later"), Atom("echo")
@@ -220,3 +220,29 @@ async def test_a_server_without_callbacks_stops_as_elixirs_does(elixir_node: Bea
         with pytest.raises(BeamError) as exited:
             await elixir_node.eval("GenServer.call({:plain, n}, :what)", n=node.name)
         assert exited.value.reason[0] == (Atom("bad_call"), Atom("what"))
+
+
+async def test_a_storm_of_casts_ends_the_server_it_overwhelms_and_no_other(
+    erl_node: BeamNode, beam: Beams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Server):
+        async def handle_cast(self, message: Term) -> None:  # type: ignore[override]
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("gater.erl.process.MAX_MAILBOX_MESSAGES", 10_000)
+    async with python_node(beam) as node:
+        for name, server in (("slow", Slow()), ("other", Server())):
+            await start_server(node, server, name=name)
+        storm = """
+          R = monitor(process, {slow, N}),
+          Cast = fun Again(0) -> ok; Again(X) -> gen_server:cast({slow, N}, X), Again(X - 1) end,
+          spawn(fun() -> Cast(100000) end),
+          Call = fun() -> gen_server:call({other, N}, {echo, still_here}) end,
+          Wait = fun Again() ->
+            still_here = Call(),
+            receive {'DOWN', R, _, _, Reason} -> {Reason, Call()} after 0 -> Again() end
+          end,
+          Wait()
+        """
+        ended = await erl_node.eval(storm, N=node.name)
+        assert ended == (Atom("mailbox_limit"), Atom("still_here"))

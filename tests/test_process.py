@@ -7,14 +7,15 @@ import itertools
 from collections.abc import AsyncIterator
 
 import pytest
-from node_kit import Collector, running, two_nodes, unique_name, wait_until
+from node_kit import Collector, Counter, running, two_nodes, unique_name, wait_until
 
 from gater.erl import Node
 from gater.erl.errors import NodeError
+from gater.erl.gen_server import GEN_CALL, GEN_CAST, SYSTEM, Caller, call, start_server
 from gater.erl.process import DOWN, EXIT, KILL, KILLED, NOCONNECTION, NOPROC, NORMAL, PROCESS, Mailbox, Stop
-from gater.erl.terms import Atom, Pid
+from gater.erl.terms import Atom, Pid, Term
 
-OOPS = Atom("oops")
+OOPS, GET = Atom("oops"), Atom("get")
 
 
 @pytest.fixture
@@ -417,3 +418,95 @@ async def test_an_exit_signal_cancels_a_mailbox_coroutine(node: Node) -> None:
     async with asyncio.timeout(5):
         await ended.wait()
     assert not process.alive
+
+
+def never(message: Term) -> bool:
+    return False
+
+
+async def busy(server: Counter) -> None:
+    """Have `server` handle a call for as long as it lives."""
+
+    async def for_ever(request: Term, caller: Caller) -> Term:
+        await asyncio.Event().wait()
+
+    server.handle_call = for_ever  # type: ignore[method-assign]
+    server.process.deliver((GEN_CALL, (server.pid, 1), GET))
+    await wait_until(lambda: not server.process.queue_length())
+
+
+async def test_a_process_that_lets_too_many_messages_wait_is_ended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.erl.process.MAX_MAILBOX_MESSAGES", 100)
+    monkeypatch.setattr("gater.erl.gen_server.MAX_SUSPENDED_MESSAGES", 100)
+    slow, suspended = Counter(), Counter()
+    for server in (slow, suspended):
+        await start_server(node, server)
+    await busy(slow)
+    suspended.process.deliver((SYSTEM, (node.client.pid, 1), Atom("suspend")))
+    selective = node.spawn(lambda me: me.get(never))
+    await wait_until(lambda: not suspended.process.queue_length())
+    watcher = Collector(node)
+    for process in (slow.process, suspended.process, selective):
+        watcher.process.monitor(process.pid)
+        for number in range(100):
+            process.deliver((GEN_CAST, number))
+        await wait_until(lambda process=process: process.queue_length() == 100)
+        assert process.alive
+        process.deliver((GEN_CAST, 100))
+        process.deliver((GEN_CAST, 101))
+        assert (await watcher.next())[4] is Atom("mailbox_limit")
+
+
+async def test_messages_that_a_receiver_sets_aside_are_in_its_queue_in_order(node: Node) -> None:
+    release = asyncio.Event()
+
+    async def main(me: Mailbox) -> None:
+        await me.get(lambda message: message == 3)
+        await release.wait()
+
+    process = node.spawn(main)
+    for number in range(5):
+        node.send(process.pid, number)
+    await wait_until(lambda: process.queue_length() == 4)
+    assert process.messages() == [0, 1, 2, 4]
+    release.set()
+    await wait_until(lambda: not process.alive)
+
+
+MALFORMED = [
+    (GEN_CALL,),
+    (GEN_CALL, 1, 2),
+    (GEN_CALL, (1, 2), 3),
+    (GEN_CALL, (), 3),
+    (GEN_CAST,),
+    (GEN_CAST, 1, 2),
+    (SYSTEM, 1, Atom("get_state")),
+    (SYSTEM, (Atom("x"), 1), (Atom("terminate"), 1)),
+    (),
+    [],
+    {},
+    b"",
+    None,
+    7,
+]
+
+
+async def test_what_only_looks_like_a_call_is_a_plain_message() -> None:
+    async with two_nodes() as (one, two):
+        server = Counter()
+        await start_server(two, server)
+        for message in MALFORMED:
+            one.send(server.pid, message)
+        assert await call(one, server.pid, GET) == 0
+        assert server.infos == MALFORMED
+
+
+async def test_odd_system_messages_are_answered_and_the_server_lives(node: Node) -> None:
+    server = Counter()
+    await start_server(node, server)
+    me = Collector(node)
+    odd = [(), 7, Atom("nonsense"), (Atom("replace_state"),), (Atom("replace_state"), 1, 2), (7, 8), [Atom("suspend")]]
+    for request in odd:
+        server.process.deliver((SYSTEM, (me.process.pid, 1), request))
+        assert await me.next() == (1, (Atom("error"), (Atom("unknown_system_msg"), request)))
+    assert await call(node, server.pid, GET) == 0
