@@ -1,8 +1,20 @@
 """Signals out: links, monitors, exit signals and spawn requests of processes here, to processes anywhere.
 
 Follows "Signals" of the Erlang reference manual and the "Link Protocol" of the distribution protocol chapter. What
-cannot be set up answers `noproc` (no such process) or `noconnection` (no such node). A link undone by `UNLINK_ID` is
-dead from then on, whatever still arrives, until the other side has acknowledged that.
+cannot be set up answers `noproc` (no such process) or `noconnection` (no such node).
+
+A monitor has one owner: its reference is the watcher's, `'DOWN'` comes once, and a `DEMONITOR_P` that crosses it finds
+nothing to undo. A link is one fact kept in two places, each of which may end it, and what is said about it crosses: an
+exit signal may be under way while we unlink, and a link be made anew before the other side has heard of that. So an
+unlink has a number, and counts until that is acknowledged:
+
+| here                                                                 |   | there                   |
+|----------------------------------------------------------------------|---|-------------------------|
+| `unlink`: `UNLINK_ID` n, and what still comes of the link is ignored | → | the link is removed     |
+| that is over, if n is the last number                                | ← | `UNLINK_ID_ACK` n       |
+| `link` before that: `LINK`, and n is forgotten                       | → | linked, as n came first |
+
+When a connection ends, whatever went over it is told `noconnection`, in one go (`connection_ended`).
 
 What comes in from peers is the business of `routing.py`; messages are sent by `Node.send`.
 """
