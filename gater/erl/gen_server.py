@@ -9,10 +9,10 @@ and a message with one reference in common:
 | `{'$gen_call', {Pid, Tag}, Request}`         | → | `handle_call`                                  |
 | R is used up; `DEMONITOR_P`                  | ← | `{Tag, Reply}` to R                            |
 
-where `Tag` is the improper list `[alias | R]`. If the server ends or its node is lost first, the monitor says so, and the
-caller knows why there is no reply. If the caller gives up first it closes the alias: what comes later is dropped by its
-node, and nobody finds the answer to an old question in his mailbox. A cast is `{'$gen_cast', Message}`; what `sys` asks
-is `{system, From, Request}`, answered like a call. Anything else is a plain message.
+where `Tag` is the improper list `[alias | R]`. If the server ends or its node is lost first, the monitor says so, and
+the caller knows why there is no reply. If the caller gives up first it closes the alias: what comes later is dropped by
+its node, and nobody finds the answer to an old question in his mailbox. A cast is `{'$gen_cast', Message}`; what `sys`
+asks is `{system, From, Request}`, answered like a call. Anything else is a plain message.
 
 A server is a class with callbacks. A callback that returns is done; one that is a coroutine function holds the next
 message back until it has finished, as in Erlang. A call can be answered later: return `NO_REPLY` and give the answer to
