@@ -124,6 +124,24 @@ async def test_a_process_is_shown_to_tools(erl_node: BeamNode, beam: Beams) -> N
         assert await erl_node.eval(badarg, N=node.name, P=process.pid) is OK
 
 
+async def test_what_every_node_has_is_there_again_when_a_peer_has_killed_it(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        for name in ("net_kernel", "rex", "global_name_server"):
+            before = node.whereis(name)
+            killed = """
+              R = monitor(process, {Name, N}), exit(rpc:call(N, erlang, whereis, [Name]), kill),
+              receive {'DOWN', R, _, _, Reason} -> Reason end
+            """
+            assert await erl_node.eval(killed, N=node.name, Name=Atom(name)) is Atom("killed")
+            after = node.whereis(name)
+            assert after is not None
+            assert after is not before
+        node.disconnect(erl_node.atom)
+        assert await erl_node.eval("net_adm:ping(N)", N=node.name) is PONG
+        old = "gen_server:call({rex, N}, {call, erlang, node, [], self()})"
+        assert await erl_node.eval(old, N=node.name) is node.name
+
+
 async def test_connections_are_made_and_cut_by_rpc(erl_node: BeamNode, beam: Beams, otp: int) -> None:
     other = await beam.start("erlang", otp=otp)
     async with python_node(beam) as node:

@@ -28,6 +28,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import CoroutineType, NoneType
 from typing import Any, Final, NamedTuple
 
+import structlog
+
 from gater.erl.errors import (
     CallError,
     CallTimeout,
@@ -77,6 +79,8 @@ ASK_TIMEOUT_S: Final = 5.0
 
 _STDLIB_VERSION: Final = (Atom("application"), Atom("get_key"), [Atom("stdlib"), Atom("vsn")])
 _GEN_SERVER: Final = Atom("gen_server")
+
+log = structlog.get_logger(__name__)
 
 
 class Caller(NamedTuple):
@@ -370,6 +374,21 @@ def spawn_server(node: Node, server: GenServer, *, name: str | Atom | None = Non
     process.spine_levels = server.spine_levels
     process.initial_call = (_GEN_SERVER, Atom("init_it"), 6)
     return process
+
+
+def keep_server(node: Node, make: Callable[[], GenServer], name: str | Atom) -> None:
+    """Have a server called `name`, made by `make`, for as long as the node runs: one that has ended is replaced.
+
+    For servers that peers take for granted, and may end by an exit signal. Their `init` is not called.
+    """
+    process = spawn_server(node, make(), name=name)
+
+    def ended(_: Monitor, reason: Term) -> None:
+        if node.is_running:
+            log.warning("server_replaced", node=str(node.name), name=str(name), reason=shown(reason))
+            keep_server(node, make, name)
+
+    node.monitor(process.pid, ended, process.pid)
 
 
 class PendingCall:

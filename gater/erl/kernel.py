@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from gater.erl import kernel_functions
-from gater.erl.gen_server import Caller, GenServer, spawn_server
+from gater.erl.gen_server import Caller, GenServer, keep_server
 from gater.erl.node import Node
 from gater.erl.terms import Atom, Term
 
@@ -37,8 +37,8 @@ def install(node: Node) -> None:
 
 
 def _start_processes(node: Node) -> None:
-    spawn_server(node, _NetKernel(), name="net_kernel")
-    spawn_server(node, _GlobalNames(), name="global_name_server")
+    keep_server(node, _NetKernel, "net_kernel")
+    keep_server(node, _GlobalNames, "global_name_server")
 
 
 class _NetKernel(GenServer):

@@ -212,6 +212,11 @@ class Node:
         return self._loop
 
     @property
+    def is_running(self) -> bool:
+        """Whether processes can be started: from the moment the node is registered until it is told to stop."""
+        return self._registration is not None and not self._stopping
+
+    @property
     def uptime_s(self) -> float:
         """Seconds since `start`."""
         return self.loop.time() - self.started_at
@@ -496,7 +501,7 @@ class Node:
         self, receiver: Receiver, *, name: str | Atom | None = None, group_leader: Pid | None = None
     ) -> Process:
         """Start a process whose messages go to `receiver`. `NodeError` if the name is taken or the node is not up."""
-        if self._registration is None or self._stopping:
+        if not self.is_running:
             raise NodeError(f"the node {self.name} is not running: no process can be started")
         process = Process(self, self._make_pid(), receiver, group_leader or self.group_leader)
         if name is not None:

@@ -19,7 +19,7 @@ from gater.erl.connection import Connection
 from gater.erl.control import SpawnReplyFlag, SpawnRequest, SpawnRequestTT, parse_spawn_options
 from gater.erl.errors import ErlangExit, ErlangThrow
 from gater.erl.exports import UNDEF, Undefined
-from gater.erl.gen_server import NO_REPLY, Caller, GenServer, spawn_server
+from gater.erl.gen_server import NO_REPLY, Caller, GenServer, keep_server
 from gater.erl.node import Node
 from gater.erl.process import EXIT, NORMAL, Process, described, error_term, exit_reason
 from gater.erl.rpc import BADRPC, ERPC, ERROR, EXECUTE_CALL, EXECUTE_CAST, EXIT_CLASS, RETURN, THROW, stack
@@ -43,11 +43,7 @@ def install(node: Node) -> None:
     """Let peers call the functions in `node.exports`."""
     service = _Service(node)
     node.requests = service.spawn_requested
-    node.on_start.append(lambda: _start_rex(node, service))
-
-
-def _start_rex(node: Node, service: _Service) -> None:
-    spawn_server(node, _Rex(service), name=REX)
+    node.on_start.append(lambda: keep_server(node, lambda: _Rex(service), REX))
 
 
 class _Running:
