@@ -259,3 +259,14 @@ async def test_a_beam_with_another_cookie_is_refused_both_ways(beam: Beams, otp:
         with pytest.raises(HandshakeError):
             await node.connect(stranger.atom)
         assert node.nodes() == []
+
+
+async def test_a_timer_sends_to_a_process_of_a_beam(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        me = Collector(node)
+        echo = "spawn(fun() -> receive {From, X} -> From ! X end end)"
+        peer = await erl_node.eval(echo)
+        cancelled = me.process.send_after(0.01, peer, (me.process.pid, Atom("too_early")))
+        cancelled.cancel()
+        me.process.send_after(0.02, peer, (me.process.pid, Atom("due")))
+        assert await me.next() is Atom("due")
