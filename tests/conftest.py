@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says more about what else the machine is doing than about the code.
 settings.register_profile("gater", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gater")
+
+
+@pytest.fixture
+def young_heap() -> Iterator[None]:
+    """`gc` knows what the test has made and nothing older: counting objects costs the same at any point of a session.
+
+    With the objects of two thousand tests before it, one count takes most of a second on a busy machine, during which
+    nothing that is waited for can happen.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

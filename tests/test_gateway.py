@@ -247,6 +247,7 @@ async def test_every_error_is_a_gater_error_and_has_a_message_for_people() -> No
 # Cancelling
 
 
+@pytest.mark.usefixtures("young_heap")
 async def test_a_cancelled_call_leaves_nothing_behind_and_the_next_one_works(client: Gateway, cluster: Cluster) -> None:
     await client.append_events(NAME, "s", events(0))
     before = signal_counts()

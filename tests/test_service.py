@@ -594,6 +594,7 @@ async def callers_that_give_up(house: House) -> None:
 @pytest.mark.parametrize(
     "use", [nothing, many_answers, deaths, timeouts, refusals, callers_that_give_up], ids=lambda use: use.__name__
 )
+@pytest.mark.usefixtures("young_heap")
 async def test_no_request_alias_or_monitor_is_left_over(tmp_path: Path, use: Callable[[House], Any]) -> None:
     async with open_house(tmp_path, call_timeout_ms=200) as house:
         await house.version(b"s")
@@ -608,10 +609,11 @@ async def test_no_request_alias_or_monitor_is_left_over(tmp_path: Path, use: Cal
         await wait_until(lambda: signal_counts() <= before, "no more aliases and monitors than before")
 
 
+@pytest.mark.usefixtures("young_heap")
 async def test_after_a_gateway_has_stopped_it_watches_nobody(tmp_path: Path) -> None:
     async with open_cluster(tmp_path) as cluster:
         before = signal_counts()
         async with gateway(cluster) as system:
             await connected(system, cluster)
-        await wait_until(lambda: signal_counts() <= before, "no more aliases and monitors than before")
         await wait_until(lambda: not any(worker.process.monitored_by for worker in cluster.workers), "the end of it")
+        await wait_until(lambda: signal_counts() <= before, "no more aliases and monitors than before")
