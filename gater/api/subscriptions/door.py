@@ -612,8 +612,13 @@ class Subscriptions:
             return
         feed = self.feed(owned.store)
         subscribers = [each for each in feed.subscribers(owned.name) if isinstance(each, Pid)]
+        saved = feed.saved.get(owned.name)
         feed.release(owned.name)
         self._forget(owned)
+        self._spawn(self._move(owned, saved, subscribers))
+
+    async def _move(self, owned: _Owned, saved: SavedState | None, subscribers: Sequence[Pid]) -> None:
+        await _flushed(saved)
         for subscriber in subscribers:
             self._spawn(
                 self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
@@ -623,10 +628,7 @@ class Subscriptions:
         feed = self.feed(owned.store)
         saved = feed.saved.get(owned.name)
         feed.release(owned.name)
-        if saved is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(GIVE_AWAY_S):
-                    await saved.flushed()
+        await _flushed(saved)
         self._unregister(owned)
         self._forget(owned)
 
@@ -689,6 +691,14 @@ class Subscriptions:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("subscriptions_failed", error=described(error))
+
+
+async def _flushed(saved: SavedState | None) -> None:
+    """Wait for the last checkpoint, but not for ever: who takes over repeats what is not in it."""
+    if saved is not None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_AWAY_S):
+                await saved.flushed()
 
 
 async def _outcome(ready: asyncio.Future[None]) -> None:

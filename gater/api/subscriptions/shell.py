@@ -316,8 +316,10 @@ class StoreFeed:
             self.give(p.SubscriberBusy(subscriber, False))
 
     def _save(self, effect: p.SaveCheckpoint) -> None:
+        # It is the last one where the subscription is being given away, and forgotten before it is written.
+        saved = self.saved.get(effect.key)
+
         async def save() -> None:
-            saved = self.saved.get(effect.key)
             ok = saved is not None and await saved.save(effect.positions)
             self.give(p.Saved(effect.key, effect.token, ok))
 
