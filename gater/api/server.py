@@ -14,7 +14,7 @@ import structlog
 
 from gater.api import schema
 from gater.api.schema import Rejected
-from gater.api.service import Service, decoded
+from gater.api.service import Decoder, Service
 from gater.erl.exports import Done, Exports
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer
 from gater.erl.terms import Atom, Term
@@ -38,14 +38,15 @@ class ApiServer(GenServer):
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._decoded = Decoder()
 
     def handle_call(self, request: Term, caller: Caller) -> Term:
         reply = self.process.node.reply
-        self._service.call(decoded(request), lambda answer: reply(caller, answer), raw=request)
+        self._service.call(self._decoded(request), lambda answer: reply(caller, answer), raw=request)
         return NO_REPLY
 
     def handle_cast(self, message: Term) -> None:
-        self._service.cast(decoded(message), _log_refusal, raw=message)
+        self._service.cast(self._decoded(message), _log_refusal, raw=message)
 
     def get_state(self) -> Term:
         return {

@@ -59,6 +59,9 @@ MIN_ATTEMPT_S: Final = 0.5
 
 AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
 
+MAX_ATOMS_KEPT: Final = 10_000
+"""Atoms, pids and references that a `Decoder` remembers: what callers call their things, not what they count with."""
+
 _REPLY_LEVELS: Final = 1
 
 _ABOUT_SUBSCRIPTIONS: Final = frozenset({"save_subscription", "remove_subscription", "ack_event", "nack_event"})
@@ -534,10 +537,24 @@ class _Call:
         on_reply(reply)
 
 
-def decoded(term: Term) -> Term:
+def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:
     """A term that `etf.decode_spine` gave, with its last element decoded too."""
     if type(term) is EncodedTerm:
-        return etf.decode_term(term.data, 0, etf.AtomTable())[0]
+        return etf.decode_term(term.data, 0, etf.AtomTable() if atoms is None else atoms)[0]
     if type(term) is tuple and term and type(term[-1]) is EncodedTerm:
-        return (*term[:-1], decoded(term[-1]))
+        return (*term[:-1], decoded(term[-1], atoms))
     return term
+
+
+class Decoder:
+    """`decoded` for many terms that are much alike: atoms are looked up once, and forgotten when there are many."""
+
+    __slots__ = ("_atoms",)
+
+    def __init__(self) -> None:
+        self._atoms = etf.AtomTable()
+
+    def __call__(self, term: Term) -> Term:
+        if len(self._atoms) > MAX_ATOMS_KEPT:
+            self._atoms = etf.AtomTable()
+        return decoded(term, self._atoms)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from gater.api import schema
-from gater.api.service import Service, decoded
+from gater.api.service import Decoder, Service
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.erl.errors import ErlangException, ErlError
 from gater.erl.gen_server import call
@@ -44,11 +44,12 @@ class StoreReads:
 
     def __init__(self, service: Service, store: Atom) -> None:
         self._service = service
+        self._decoded = Decoder()
         self.store = store
 
     def ask(self, request: Term, on_reply: Callable[[Term], None]) -> None:
         """Any request; `on_reply` gets the whole reply decoded."""
-        self._service.call(request, lambda reply: on_reply(decoded(reply)))
+        self._service.call(request, lambda reply: on_reply(self._decoded(reply)))
 
     async def reply(self, request: Term) -> Term:
         """As `ask`, to be awaited."""
