@@ -9,7 +9,7 @@ is on, and keep what they were answered. Afterwards everything is read back from
 * one answered as failed is absent, one answered as partly appended is there as far as was said;
 * one without an answer (its gateway was killed) or of unknown outcome is there as a whole, in part, or not at all;
 * versions have no gap, nothing is in a stream that nobody appended, and all members agree;
-* no answer came later than a caller with the usual 5 s would have waited, plus 200 ms.
+* no answer, of an append or of a read, came later than a caller with the usual 5 s would have waited, plus 200 ms.
 
 With `--workers` the writers append by random workers of the store nodes, as ExESDB's own clients do. That must lose
 events, or this test could not find a loss.
@@ -58,6 +58,7 @@ end
 OK: Final = Atom("ok")
 ERROR: Final = Atom("error")
 EXIT: Final = Atom("exit")
+READ: Final = Atom("read")
 REFUSALS: Final = {
     *("wrong_expected_version", "call_timeout", "no_quorum", "overloaded", "draining", "no_worker_available"),
     *("store_not_found", "storage_failed"),
@@ -100,6 +101,18 @@ class Attempt(NamedTuple):
         return repr(self.answer)[:60]
 
 
+class Read(NamedTuple):
+    """One `get_version` and its answer, as a writer recorded it."""
+
+    stream: bytes
+    known: int
+    """The version of which this writer knew already."""
+    answer: Any
+    at_us: int
+    elapsed_us: int
+    who: Term
+
+
 @dataclass
 class Verdict:
     """What was found. `violations` by kind; a few of each in words."""
@@ -113,6 +126,7 @@ class Verdict:
     latencies_ms: list[float]
     exits: Counter[str]
     attempts: list[Attempt]
+    reads: list[Read] = field(default_factory=list)
     violations: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     slowest_ms: float = 0.0
@@ -138,6 +152,16 @@ class Verdict:
         shares = [f"{ok[int(len(ok) * share)]:.1f}" if ok else "-" for share in (0.5, 0.99)]
         return f"| {kind} | {len(times)} | {len(ok)} | {shares[0]} | {shares[1]} | {unknown} |"
 
+    def _line_of_reads(self) -> str:
+        answered = [each for each in self.reads if each.answer[0] is OK]
+        behind = sum(each.answer[1] < each.known for each in answered)
+        took = sorted(each.elapsed_us / 1000 for each in answered)
+        shares = f"p50 {took[len(took) // 2]:.1f} ms, max {took[-1]:.0f} ms" if took else "-"
+        return (
+            f"Reads of a version: {len(self.reads)}, answered `{{:ok, _}}` {len(answered)} ({shares}), "
+            f"behind what their reader knew {behind}."
+        )
+
     def report(self) -> str:
         """As markdown."""
         lines = [
@@ -158,6 +182,7 @@ class Verdict:
             shares = ", ".join(f"p{100 * share:g} {self.percentile(share):.1f}" for share in (0.5, 0.9, 0.99, 0.999))
             lines.append(f"Appends answered `{{:ok, _}}`, milliseconds: {shares}, max {self.latencies_ms[-1]:.0f}.")
         lines.append(f"Slowest answer of any kind: {self.slowest_ms:.0f} ms.")
+        lines.append(self._line_of_reads())
         if self.exits:
             lines.append("Calls without an answer: " + ", ".join(f"{kind} {n}" for kind, n in self.exits.items()) + ".")
         lines += ["", f"**Violations: {sum(self.violations.values())}** {dict(self.violations) or ''}".rstrip()]
@@ -187,6 +212,8 @@ def judge(members: Sequence[list[Any]], verdict: Verdict) -> None:
         verdict.outcomes[attempt.outcome] += 1
         _judge_time(attempt, verdict)
         _judge_attempt(attempt, [places.get(event_id, []) for event_id in attempt.ids], verdict)
+    for read in verdict.reads:
+        _judge_time_of_read(read, verdict)
     for event_id in places.keys() - known:
         verdict.add("from nobody", f"{event_id!r} at {places[event_id]}")
     verdict.latencies_ms.sort()
@@ -205,6 +232,14 @@ def _judge_time(attempt: Attempt, verdict: Verdict) -> None:
         verdict.add("late", f"{attempt.outcome} after {elapsed_ms:.0f} ms from {attempt.who}")
     if attempt.outcome == "ok":
         verdict.latencies_ms.append(elapsed_ms)
+
+
+def _judge_time_of_read(read: Read, verdict: Verdict) -> None:
+    elapsed_ms = read.elapsed_us / 1000
+    if elapsed_ms > DEADLINE_MS + GRACE_MS:
+        verdict.add("late read", f"{str(read.answer)[:80]} after {elapsed_ms:.0f} ms from {read.who}")
+    elif read.answer[0] is not EXIT:
+        verdict.slowest_ms = max(verdict.slowest_ms, elapsed_ms)
 
 
 def _judge_attempt(attempt: Attempt, found: list[list[tuple[bytes, int]]], verdict: Verdict) -> None:
@@ -408,9 +443,11 @@ async def run_chaos(
     await asyncio.sleep(SETTLE_S)
     path = directory / "attempts"
     await house.callers.eval("Chaos.Writers.save(path)", path=str(path).encode(), timeout_s=60)
-    attempts = [Attempt(*row) for row in etf.decode(path.read_bytes())]
+    rows = etf.decode(path.read_bytes())
+    attempts = [Attempt(*row) for row in rows if row[0] is not READ]
+    reads = [Read(*row[1:]) for row in rows if row[0] is READ]
     members = [list(await node.eval(_READ_ALL, prefix=prefix, timeout_s=60)) for node in house.cluster.members]
-    verdict = Verdict(elapsed, seed, trouble.faults, Counter(), 0, 0, [], Counter(), attempts)
+    verdict = Verdict(elapsed, seed, trouble.faults, Counter(), 0, 0, [], Counter(), attempts, reads)
     judge(members, verdict)
     return verdict
 

@@ -4,7 +4,8 @@
 defmodule Chaos.Writers do
   @moduledoc """
   `start(options)` starts writers, `stop/0` ends them after the call each is in, `save(path)` writes their records and forgets them:
-  `{stream, expected, ids, answer, at_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`.
+  `{stream, expected, ids, answer, at_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`. Reads are
+  recorded as `{:read, stream, known, answer, at_us, elapsed_us, who}`, `known` being the version this writer knew of.
   """
 
   @store :reg_gh
@@ -116,9 +117,12 @@ defmodule Chaos.Writers do
   end
 
   defp ask_version(state, stream, ahead) do
-    case call(state, {:get_version, @store, stream}) do
-      {{:ok, version}, _, _, _} -> {version + ahead, state}
-      {_trouble, _, _, _} -> {:any, elsewhere(state)}
+    {answer, at, elapsed, who} = call(state, {:get_version, @store, stream})
+    :ets.insert(:chaos_records, {{:read, stream, Map.get(state.versions, stream, -1), answer, at, elapsed, who}})
+
+    case answer do
+      {:ok, version} -> {version + ahead, state}
+      _trouble -> {:any, elsewhere(state)}
     end
   end
 
