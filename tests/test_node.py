@@ -149,6 +149,18 @@ async def test_the_port_of_a_lost_epmd_is_left_free_for_the_next_one() -> None:
         await restarted.close()
 
 
+@pytest.mark.parametrize("grace_s", [0.0, 60.0])
+async def test_a_node_that_looks_for_an_epmd_stops_and_leaves_none(grace_s: float) -> None:
+    async with running(unique_name(), unique_name(), options=NodeOptions(epmd_grace_s=grace_s)) as (one, two):
+        await one.stop()
+        await wait_until(lambda: two._registering is not None)
+        await two.stop()
+        assert two._registering is not None
+        assert two._registering.done()
+        with pytest.raises(EpmdUnavailable):
+            await names("127.0.0.1", epmd_port=two.options.epmd_port)
+
+
 async def _registered_or_gone(node: Node) -> bool:
     with contextlib.suppress(NodeError):
         return list(await names("127.0.0.1", epmd_port=node.options.epmd_port)) == [str(node.name).split("@")[0]]

@@ -269,6 +269,13 @@ class BuiltinEpmd:
 
         Raises EpmdPortInUse.
         """
+        try:
+            await self._listen(host_addresses, port)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _listen(self, host_addresses: Sequence[str], port: int) -> None:
         loop = asyncio.get_running_loop()
         for address in host_addresses:
             try:
@@ -276,7 +283,6 @@ class BuiltinEpmd:
                     self._make_connection, address, self.port or port, start_serving=False
                 )
             except OSError as error:
-                await self.close()
                 raise EpmdPortInUse(
                     f"the built-in EPMD cannot listen on {address}:{port}: {error.strerror or error}"
                 ) from error
@@ -288,7 +294,6 @@ class BuiltinEpmd:
                 await listener.start_serving()
             except OSError as error:
                 # Bound, but another program has begun to listen there meanwhile.
-                await self.close()
                 raise EpmdPortInUse(
                     f"the built-in EPMD cannot listen on port {self.port}: {error.strerror or error}"
                 ) from error

@@ -331,6 +331,7 @@ class Node:
         self._stopping = True
         if self._registering is not None:
             self._registering.cancel()
+            await asyncio.wait([self._registering])
         for process in list(self._processes.values()):
             process.exit(SHUTDOWN)
         self.turn()
