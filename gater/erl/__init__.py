@@ -5,8 +5,8 @@
         await call(node, ("server", "erl@127.0.0.1"), request)
 
 The wire half (`terms`, `etf`, `control`, `handshake`, `dist_header`, `epmd_protocol`, `phash2`) is pure: bytes in,
-values out. The node half (`connection`, `node`, `process`, `gen_server`, `supervisor`, `rpc`, `kernel`, `epmd`) runs
-on asyncio.
+values out. The node half (`connection`, `node`, `process`, `gen_server`, `supervisor`, `rpc`, `rpc_server`, `kernel`,
+`epmd`) runs on asyncio.
 """
 
 from __future__ import annotations
