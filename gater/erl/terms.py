@@ -277,7 +277,7 @@ class EncodedTerm:
     def __init__(self, buffer: bytes, start: int = 0) -> None:
         self.buffer = buffer
         self.start = start
-        """Where the term begins: who reads it piece by piece (`gater/swarm/snapshots.py`) makes no copy of it."""
+        """Where the term begins: for who reads it piece by piece without a copy of it."""
 
     @property
     def data(self) -> bytes:
