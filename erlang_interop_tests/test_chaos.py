@@ -108,6 +108,7 @@ async def test_appends_go_on_when_the_node_that_owns_their_stream_is_frozen(home
         began = time.monotonic()
         assert await append(home, stream, 1) == (OK, 1)
         took = time.monotonic() - began
+        print(f"first append {took:.2f} s after the freeze")
         assert took < TAKE_OVER_S
         for number in range(2, 6):
             assert await append(home, stream, number) == (OK, number)
@@ -117,6 +118,35 @@ async def test_appends_go_on_when_the_node_that_owns_their_stream_is_frozen(home
     await home.cluster.wait_ready()
     assert await append(home, stream, 6) == (OK, 6)
     assert await numbers(home, stream, member=owner) == list(range(7))
+
+
+async def test_while_a_majority_is_frozen_writes_are_refused_and_reads_go_on(home: House) -> None:
+    stream = stream_of(home.cluster, 0)
+    assert await append(home, stream, 0) == (OK, 0)
+    asked = 0
+
+    async def refused() -> bool:
+        nonlocal asked
+        asked += 1
+        kind, reason = await append(home, stream_of(home.cluster, asked % 3), 0)
+        assert kind is ERROR, "written without a majority"
+        return bool(reason[0] is Atom("no_quorum"))
+
+    for member in (1, 2):
+        home.cluster.members[member].freeze()
+    try:
+        began = time.monotonic()
+        await wait_until(refused, 30, what="no_quorum")
+        print(f"refused {time.monotonic() - began:.1f} s after the freeze, with answer {asked}")
+        assert await home.call(0, "get_version", THE_STORE, stream) == (OK, 0)
+    finally:
+        for member in (1, 2):
+            home.cluster.members[member].thaw()
+
+    async def written() -> bool:
+        return bool((await append(home, stream_of(home.cluster, 0), 0))[0] is OK)
+
+    await wait_until(written, 30, what="writes going on")
 
 
 async def test_a_frozen_node_gets_its_streams_back(home: House) -> None:
