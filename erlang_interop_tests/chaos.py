@@ -309,9 +309,9 @@ class House:
 
 
 @asynccontextmanager
-async def house(beam: Beams, members: int = MEMBERS, gaters: int = 2) -> AsyncIterator[House]:
+async def house(beam: Beams, members: int = MEMBERS, gaters: int = 2, *, khepri: bool = True) -> AsyncIterator[House]:
     """A running `House` for a `with` block."""
-    cluster = StandInCluster(beam, members, stores=[STORE])
+    cluster = StandInCluster(beam, members, stores=[STORE], khepri=khepri)
     port = await beam.epmd_port()
     callers = await beam.start("elixir", hidden=True)
     processes = [

@@ -296,6 +296,29 @@ async def test_appends_by_random_workers_lose_events(tmp_path: Path) -> None:
     pytest.fail("a test that finds no loss here finds none anywhere")
 
 
+async def test_appends_by_workers_follow_a_change_of_owner_though_followers_lag() -> None:
+    async with beams() as beam, house(beam, khepri=False) as home:
+        await home.cluster.set("replication_lag_ms", 300)
+        owner = 0
+        stream = stream_of(home.cluster, owner)
+
+        async def appended(numbers: range) -> None:
+            for number in numbers:
+                request = ("append_events", THE_STORE, stream, number - 1, [event(number)])
+                assert await home.call(number % 2, *request) == (OK, number)
+                # Whichever gateway is asked next, it reads what was written.
+                assert await home.call((number + 1) % 2, "get_version", THE_STORE, stream) == (OK, number)
+
+        await appended(range(3))
+        await home.cluster.kill(owner)
+        await appended(range(3, 6))
+        await home.cluster.restart(owner)
+        await home.ready()
+        await appended(range(6, 9))
+        for member in range(3):
+            assert await numbers(home, stream, member=member) == list(range(9))
+
+
 class Split:
     """A cluster of five cut in two: members 0 and 1 with gateway 0, members 2, 3 and 4 with gateway 1."""
 
@@ -355,6 +378,8 @@ async def test_a_gateway_on_the_minority_side_of_a_split_refuses_writes(five: Ho
     error, (kind, details) = await append(five, b"yet another", 0, gater=0)
     assert (error, kind) == (ERROR, Atom("no_quorum"))
     assert isinstance(details, dict)
+    marked: Any = await five.callers.eval(":sys.get_state({ExESDBGater.API, node})", node=five.gaters[0].atom)
+    assert marked[Atom("no_quorum")] == {THE_STORE: details}
 
     await split.heal()
     await five.ready()

@@ -52,6 +52,8 @@ class ApiServer(GenServer):
         return {
             Atom("under_way"): self._service.under_way,
             Atom("stores"): self._service.stores,
+            # Reads go on there, and may be old.
+            Atom("no_quorum"): self._service.stores_without_quorum(),
         }
 
 

@@ -235,6 +235,11 @@ class Service:
         details = self.quorum(store)
         return None if details is None else schema.no_quorum(details)
 
+    def stores_without_quorum(self) -> dict[Term, Term]:
+        """The stores that must not be written to now, and why."""
+        found = {store: self.quorum(store) for store in self.router.stores}
+        return {store: details for store, details in found.items() if details is not None}
+
     def cast(self, request: Term, on_taken: OnTaken, *, raw: Term = None) -> None:
         """Carry out a cast; `on_taken` is called once: with None when it has been sent, or with why it could not be."""
         if self._draining:
