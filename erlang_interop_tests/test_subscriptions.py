@@ -14,6 +14,7 @@ from erlang_interop_tests.beam import BeamNode, Beams, wait_until
 from erlang_interop_tests.gater_process import GaterProcess, gater_process
 from erlang_interop_tests.standin import StandInCluster, standin_cluster
 from gater.api.schema import NewEvent
+from gater.api.subscriptions.feed import MAX_SHARE
 from gater.erl.terms import Atom, Term
 
 STORE = Atom("reg_gh")
@@ -150,3 +151,52 @@ async def test_another_gateway_takes_over_when_one_is_killed(beam: Beams) -> Non
         await gate.append(b"s", 2, gater=1)
         assert await gate.has(me, 5) == [(b"s", number) for number in range(5)]
         assert time.monotonic() - began < 5.0
+
+
+async def test_a_process_that_never_reads_holds_up_nobody_and_gets_no_more_than_its_window(gate: Gate) -> None:
+    lazy = await gate.elixir.eval("spawn(fn -> Process.sleep(:infinity) end)")
+    busy = await gate.process(b"busy", ack=gate.gaters[0])
+    for name, pid in ((b"lazy", lazy), (b"busy", busy)):
+        options = {Atom("subscriber"): pid, Atom("window"): 20}
+        reply = await gate.api("subscribe", STORE, Atom("by_stream"), b"$all", name, options)
+        assert reply == (Atom("ok"), name)
+    for _ in range(10):
+        await gate.append(b"s", 30)
+    assert await gate.has(busy, 300) == [(b"s", number) for number in range(300)]
+    waiting = await gate.elixir.eval(
+        "{:message_queue_len, count} = Process.info(pid, :message_queue_len); count", pid=lazy
+    )
+    assert waiting == 20
+    _, status = await gate.api("subscription_status", STORE, b"lazy")
+    assert (status[Atom("in_flight")], status[Atom("streams_behind")]) == (20, 1)
+
+
+async def test_a_node_that_stands_still_holds_up_nobody_and_gets_the_rest_when_it_goes_on(
+    gate: Gate, beam: Beams
+) -> None:
+    still = await beam.start("elixir")
+    frozen = await still.eval(COLLECT, name=b"", ack=None)
+    awake = await gate.process()
+    for name, pid in ((b"frozen", frozen), (b"awake", awake)):
+        reply = await gate.api("save_subscription", STORE, Atom("by_stream"), b"$all", name, 0, pid)
+        assert reply is Atom("ok")
+    still.freeze()
+    large = [NewEvent("e", b"x" * 10_000).to_term() for _ in range(150)]
+    for _ in range(20):
+        reply = await gate.api("append_events", STORE, b"s", large)
+        assert reply[0] is Atom("ok"), reply
+    everything = [(b"s", number) for number in range(3_000)]
+    assert await gate.has(awake, 3_000, timeout_s=30) == everything
+    _, status = await gate.api("subscription_status", STORE, b"frozen")
+    # 30 MB are for it: some are on their way, some are kept, the others are where they were.
+    assert status[Atom("streams_behind")] == 1
+    assert status[Atom("buffered")] <= MAX_SHARE
+    still.thaw()
+
+    async def there() -> bool:
+        seen = await still.eval(
+            "send(pid, {:seen, self()}); receive do {:seen, seen} -> seen after 2000 -> [] end", pid=frozen
+        )
+        return list(dict.fromkeys(seen)) == everything
+
+    await wait_until(there, timeout_s=30)

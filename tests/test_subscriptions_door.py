@@ -197,6 +197,8 @@ async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(h
     name = (SUBSCRIPTION, STORE, b"p")
     owner = house.system.swarm.whereis(name)
     assert owner is not None
+    _, status = await house.ask("subscription_status", STORE, b"p")
+    assert (status[Atom("pid")], status[Atom("node")]) == (owner, owner.node)
     process = house.system.node.process(owner)
     assert process is not None
     process.exit(Atom("crashed"))

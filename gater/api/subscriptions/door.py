@@ -187,6 +187,7 @@ class Subscriptions:
         feed = self._feeds.get(store)
         if feed is None:
             feed = self._feeds[store] = StoreFeed(self._service, store)
+            feed.sharers = lambda: 1 + len(self._other_gateways())
             feed.on_subscribers = lambda key: self._subscribers_changed(store, key)
             if self._pubsub is not None:
                 server = self._pubsub[EVENTS_SERVER]
@@ -293,7 +294,8 @@ class Subscriptions:
         status = feed.status(name)
         if status is None:
             raise _Refused(not_found(name))
-        return schema.ok(_status_term(status, self._service.node.name))
+        assert owned.server is not None
+        return schema.ok(_status_term(status, owned.server.pid))
 
     async def _drop_parked(self, store: Atom, name: bytes, event: Mapping[Term, Term] | None = None) -> Term:
         # Any gateway can: what is parked is in the store, and the owner keeps nothing of it.
@@ -722,13 +724,14 @@ def _spec(kind: Atom, selector: Term, options: Mapping[Term, Term], *, persisten
     return Spec(kind, selector, Start.NOW if start is _NOW else start, persistent, made)
 
 
-def _status_term(status: p.Status, node: Atom) -> Term:
+def _status_term(status: p.Status, owner: Pid) -> Term:
     return {
         Atom("name"): status.key,
         _TYPE: status.kind,
         _SELECTOR: status.selector,
         Atom("state"): Atom(status.state),
-        Atom("node"): node,
+        Atom("node"): owner.node,
+        Atom("pid"): owner,
         _SUBSCRIBERS: status.subscribers,
         Atom("in_flight"): status.in_flight,
         Atom("buffered"): status.buffered,

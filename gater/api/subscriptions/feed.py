@@ -38,7 +38,7 @@ MAX_SUBSCRIPTIONS: Final = 20_000
 SHARED_ROOM: Final = 20_000
 """Events that the subscriptions of one store may keep together, each an equal part, beyond what each needs; 30 MB."""
 
-MAX_SHARE: Final = 2_000
+MAX_SHARE: Final = 1_000
 """But not more each: one that is so far behind reads on in large pages."""
 
 START_AGAIN_S: Final = 0.5
@@ -54,6 +54,9 @@ MAX_DIRTY: Final = 1_000_000
 
 class Feed:
     """All subscriptions of one store that this gateway owns."""
+
+    sharers = 1
+    """Gateways with a feed of this store, this one included."""
 
     def __init__(self, now: float, *, shared_room: int = SHARED_ROOM) -> None:
         self._shared_room = shared_room
@@ -479,6 +482,7 @@ class Feed:
         poll, now = self._poll, self._now
         if poll is None:
             return
+        poll.sharers = self.sharers
         if poll.index_due(now):
             self._index_token = self._new_token()
             self._effects.append(ReadIndex(self._index_token))

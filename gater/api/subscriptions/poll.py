@@ -4,6 +4,7 @@ The safety net below all hints (protocols.md, section 6, "What changed?"): the R
 a millisecond whatever its size, so it is asked for often; only when it has moved are the event counts of the streams
 asked for, which cost milliseconds per thousand streams. What counting costs is paid from a credit that grows at
 `BUSY_SHARE` of the time: after quiet times counting follows a change at once, under steady load it is spread out.
+Gateways ask the same node, so each takes its part of that share.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class PollPlan:
     """Says when to ask. `index_due` and `counts_due` are asked at `deadline`, and after every answer."""
 
     def __init__(self, now: float) -> None:
+        self.sharers = 1
+        """Gateways that count the streams of this store, which share what its node may spend."""
         self._index: int | None = None
         self._counted_at: int | None = None
         """The index that was known when the last successful count began."""
@@ -115,8 +118,8 @@ class PollPlan:
     def _affordable_at(self, now: float) -> float:
         self._pay(now)
         missing = min(self._last_cost, MAX_CREDIT_S) - self._credit
-        return max(self._retry_at, now + missing / BUSY_SHARE if missing > 0 else now)
+        return max(self._retry_at, now + missing * self.sharers / BUSY_SHARE if missing > 0 else now)
 
     def _pay(self, now: float) -> None:
-        self._credit = min(MAX_CREDIT_S, self._credit + (now - self._credit_at) * BUSY_SHARE)
+        self._credit = min(MAX_CREDIT_S, self._credit + (now - self._credit_at) * BUSY_SHARE / self.sharers)
         self._credit_at = now

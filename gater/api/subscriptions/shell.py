@@ -48,6 +48,8 @@ class StoreFeed:
         """What is saved, of the persistent ones."""
         self.on_started: dict[Key, list[Callable[[str | None], None]]] = {}
         """Whom to tell that a subscription has started (None), or why it was refused."""
+        self.sharers: Callable[[], int] = lambda: 1
+        """How many gateways there are."""
         self.on_ended: Callable[[Key], None] = lambda key: None
         self.on_subscribers: Callable[[Key], None] = lambda key: None
         self._node = service.node
@@ -269,6 +271,8 @@ class StoreFeed:
         self._spawn(read())
 
     def _read_index(self, effect: p.ReadIndex) -> None:
+        self._feed.sharers = self.sharers()
+
         async def read() -> None:
             self.give(p.Index(effect.token, await self.reads.index()))
 
