@@ -26,8 +26,9 @@ from gater.swarm.registry import NO_META, Entry, Registry
 
 COUNTS: Final = (10, 1_000, 100_000, 1_000_000)
 WORKERS: Final = 4
-SAMPLE: Final = 20_000
-"""Different names that are looked up, so that at a million names they do not all stay in the processor's caches."""
+BATCH: Final = 100
+"""Random names that are looked up in one go: made just before, as if they came from the wire, and used once only, so
+that where they lie in the registry is in none of the processor's caches."""
 
 MIN_WEIGHED: Final = 100_000
 """Fewer names are lost in the noise of the process's memory."""
@@ -49,29 +50,29 @@ class Result:
     bytes_per_name: float | None
 
 
-def names(count: int) -> list[Term]:
-    """`count` names, the gateway workers first."""
-    workers: list[Term] = [(WORKER, STORE, NODE, number) for number in range(WORKERS)]
-    return workers + [(READER, STORE, b"stream-%08d" % number) for number in range(count - WORKERS)]
+def name(number: int) -> Term:
+    """One of the names; the gateway workers are the first four."""
+    return (WORKER, STORE, NODE, number) if number < WORKERS else (READER, STORE, b"stream-%08d" % number)
 
 
 def full_registry(count: int) -> Registry:
     """A registry of `count` names, each with a process of its own."""
     registry = Registry()
-    for number, name in enumerate(names(count)):
-        registry.put(Entry(name, Pid(NODE, number, 0, 1), NO_META, CLOCK))
+    for number in range(count):
+        registry.put(Entry(name(number), Pid(NODE, number, 0, 1), NO_META, CLOCK))
     return registry
 
 
-def _per_call_ns(look_up: Callable[[Term], object], wanted: Sequence[Term], seconds: float) -> float:
-    """The median, over passes through `wanted`, of the time for one look-up; the loop around it included."""
+def _per_call_ns(look_up: Callable[[Term], object], wanted: Callable[[], Sequence[Term]], seconds: float) -> float:
+    """The median, over batches of `wanted()`, of the time for one look-up; the loop around it included."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < 3 or time.perf_counter() < end:
+        batch = wanted()
         start = time.perf_counter_ns()
-        for name in wanted:
-            look_up(name)
-        taken.append((time.perf_counter_ns() - start) / len(wanted))
+        for each in batch:
+            look_up(each)
+        taken.append((time.perf_counter_ns() - start) / len(batch))
     return statistics.median(taken)
 
 
@@ -83,16 +84,17 @@ def measure_here(count: int, seconds: float) -> Result:
     gc.collect()
     after = rss_kb()
     weighed = before is not None and after is not None and count >= MIN_WEIGHED
-    # Names come from the wire: equal to those registered, never the same objects.
-    wanted = names(count)
-    random.Random(count).shuffle(wanted)
-    sample = (wanted * (SAMPLE // count + 1))[:SAMPLE]
-    workers = registry.starting_with(WORKER, STORE)
-    assert len(workers) == WORKERS
+    chooser = random.Random(count)
+
+    def any_names() -> list[Term]:
+        return [name(chooser.randrange(count)) for _ in range(BATCH)]
+
+    workers = [name(number) for number in range(WORKERS)] * (BATCH // WORKERS)
+    assert len(registry.starting_with(WORKER, STORE)) == WORKERS
     return Result(
-        _per_call_ns(registry.get, names(WORKERS) * 1_000, seconds),
-        _per_call_ns(registry.get, sample, seconds),
-        _per_call_ns(lambda store: registry.starting_with(WORKER, store), [STORE] * 1_000, seconds),
+        _per_call_ns(registry.get, lambda: workers, seconds),
+        _per_call_ns(registry.get, any_names, seconds),
+        _per_call_ns(lambda store: registry.starting_with(WORKER, store), lambda: [STORE] * BATCH, seconds),
         (after - before) * 1024 / count if weighed else None,  # type: ignore[operator]
     )
 
@@ -104,8 +106,8 @@ async def run(seconds: float, counts: Sequence[int] = COUNTS) -> Table:
         ("names", "a worker by name", "any name", "workers of a store", "memory a name"),
         [
             "Within a process, without any call: what a gateway does to find a worker. Names looked up are equal to "
-            "those in the registry, not the same objects. *Any name* takes 20,000 names from all over the registry in "
-            "turn, so that the processor's caches help less the more names there are; *a worker by name* and *workers "
+            "those in the registry, not the same objects. *Any name* takes random names from all of the registry, each "
+            "made just before, so that a large registry is cold; *a worker by name* and *workers "
             "of a store* ask for the same few each time, as a gateway does. *Memory a name*: growth of the process "
             "with name, pid, entry and every index."
         ],

@@ -62,9 +62,12 @@ class Node:
 
 
 class World:
-    def __init__(self, seed, members, originals=0, original_first=True, anti_entropy_s=30.0):
+    def __init__(
+        self, seed, members, originals=0, original_first=True, anti_entropy_s=30.0, original_anti_entropy_s=None
+    ):
         self.random = random.Random(seed)
         self.anti_entropy_s = anti_entropy_s
+        self.original_anti_entropy_s = anti_entropy_s if original_anti_entropy_s is None else original_anti_entropy_s
         self.now = 0.0
         self.queue = []
         self.order = itertools.count()
@@ -108,7 +111,9 @@ class World:
             return
         node.creation += 1
         options = TrackerOptions(
-            anti_entropy_interval_s=self.anti_entropy_s, random=random.Random(self.random.random()), merge_chunk=2
+            anti_entropy_interval_s=self.original_anti_entropy_s if node.original else self.anti_entropy_s,
+            random=random.Random(self.random.random()),
+            merge_chunk=2,
         )
         node.timers, node.monitors, node.tracker_monitors = {}, {}, set()
         pid = Pid(name, 1, 0, node.creation)

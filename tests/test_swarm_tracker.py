@@ -575,6 +575,99 @@ def test_a_process_unregistered_by_another_is_asked_about():
     assert bench.names() == {b"n": pid(A, 5)}
 
 
+def asked_again(bench):
+    """Whom it asks within the next seconds."""
+    bench.give(TimerFired("wake"), after=2.0)
+    first = [to for to, _ in bench.sent(Sync)]
+    bench.give(TimerFired("wake"), after=5.0)
+    return first + [to for to, _ in bench.sent(Sync)]
+
+
+def test_a_change_by_another_that_is_heard_before_the_registration_is_checked():
+    for change in (Untrack(pid(A, 5)), UpdateMeta({GROUP: True}, pid(A, 5))):
+        bench = Bench().join(A, B)
+        bench.told(B, change, events=2)
+        assert asked_again(bench) == []
+        bench.told(A, Track(b"n", pid(A, 5), {}))
+        assert asked_again(bench) == [(A,)]
+
+
+def test_a_change_by_another_that_is_heard_after_the_end_is_forgotten():
+    bench = Bench().join(A, B)
+    bench.told(A, Track(b"n", pid(A, 5), {}))
+    bench.told(A, Untrack(pid(A, 5)), events=2)
+    bench.told(B, Untrack(pid(A, 5)), events=2)
+    assert asked_again(bench) == []
+    bench.give(TimerFired("nothing"), after=10.0)
+    bench.told(A, Track(b"n", pid(A, 5), {}), events=3)
+    assert asked_again(bench) == []
+
+
+def test_changes_heard_early_are_remembered_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(tracker, "MAX_HEARD_EARLY", 2)
+    bench = Bench().join(A, B)
+    for number in (5, 6, 7):
+        bench.told(B, Untrack(pid(A, number)))
+    bench.told(A, Track(b"n", pid(A, 5), {}))
+    assert asked_again(bench) == []
+    bench.told(A, Track(b"m", pid(A, 7), {}))
+    assert asked_again(bench) == [(A,)]
+
+
+def test_an_untrack_of_an_original_that_cannot_mean_what_we_know_is_asked_about():
+    """It means one name, which we need not have heard of, and says the process."""
+    bench = Bench().join(A)
+    bench.told(A, Track(b"n", pid(A, 5), {}), events=3)
+    bench.told(A, Untrack(pid(A, 5)), events=2)
+    assert bench.names() == {}
+    bench.give(TimerFired("wake"), after=5.0)
+    assert bench.answer_syncs(a=[entry(b"n", pid(A, 5))]) == [A]
+    assert bench.names() == {b"n": pid(A, 5)}
+
+
+def test_what_is_said_while_a_registry_is_on_its_way_is_checked_with_the_next_one():
+    bench = Bench().join(A, B)
+    bench.told(A, Track(b"n", pid(A, 5), {}))
+    bench.told(B, Untrack(pid(A, 5)), events=2)
+    bench.hear(A, SyncRecv(pid(A, 1), (1, 0), [entry(b"n", pid(A, 5))]))
+    assert bench.names() == {b"n": pid(A, 5)}
+    bench.give(TimerFired("wake"), after=2.0)
+    bench.give(TimerFired("wake"), after=5.0)
+    assert bench.answer_syncs(a=[]) == [A]
+    assert bench.names() == {}
+
+
+@pytest.mark.parametrize(
+    "theirs", [[], [entry(b"n", pid(A, 5)), entry(b"m", pid(A, 6))], [entry(b"n", pid(A, 5), {GROUP: True})]]
+)
+def test_an_original_of_which_another_gater_knows_something_else_is_asked(theirs):
+    bench = Bench().join(A, gaters=[B])
+    bench.told(A, Track(b"n", pid(A, 5), {}))
+    bench.hear(B, Sync(pid(B, 1), (0, 1)))
+    bench.hear(B, SyncAck(pid(B, 1), (0, 1), [entry(b"n", pid(A, 5))]))
+    assert asked_again(bench) == []
+    bench.hear(B, Sync(pid(B, 1), (0, 1)))
+    bench.hear(B, SyncAck(pid(B, 1), (0, 1), theirs))
+    assert bench.names() == {b"n": pid(A, 5)}
+    assert bench.sent(Sync) == [((A,), Sync(bench.tracker.pid, bench.tracker.clock))]
+
+
+@pytest.mark.parametrize(
+    ("listed", "news"),
+    [
+        ([], Untrack(pid(A, 5))),
+        ([entry(b"n", pid(A, 5)), entry(b"m", pid(A, 6))], Track(b"m", pid(A, 6), {})),
+        ([entry(b"n", pid(A, 5))], None),
+    ],
+)
+def test_what_an_original_has_changed_without_a_word_is_told_to_other_gaters(listed, news):
+    bench = Bench().join(A, gaters=[B])
+    bench.told(A, Track(b"n", pid(A, 5), {}))
+    bench.hear(A, Sync(pid(A, 1), (0, 1)))
+    bench.hear(A, SyncAck(pid(A, 1), (0, 1), listed))
+    assert bench.sent((Track, Untrack)) == ([] if news is None else [((B,), news)])
+
+
 def test_rumours_about_a_gaters_processes_are_ignored():
     bench = Bench().join(A, gaters=[B])
     bench.told(A, Track(b"n", pid(B, 5), {}))

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -161,6 +161,12 @@ its other end must have noticed the loss (`net_ticktime` and a quarter: 75 s).""
 SAY_AGAIN_NAMES: Final = 1_000
 """How many of our names are told again one by one; with more, originals are asked to compare registries instead."""
 
+EARLY_S: Final = 10.0
+"""How much earlier than of a registration itself we may hear of a change that somebody else has made to it."""
+
+MAX_HEARD_EARLY: Final = 1_000
+"""How many such changes are remembered. All but a few are about processes that have ended: all originals tell."""
+
 RESYNC_SPACING_S: Final = 5.0
 """Rumours make us ask one member at most this often: an answer is its whole registry."""
 
@@ -242,8 +248,8 @@ class _Member:
         self.failures = 0
         self.rumours: dict[tuple[Term, Pid], float] = {}
         """Claims of its processes that it has not confirmed, and since when."""
-        self.doubts: set[Pid] = set()
-        """Its processes that somebody else has unregistered."""
+        self.doubts: dict[Pid, float] = {}
+        """Its processes that somebody else has unregistered or changed, and since when."""
 
 
 @dataclass(slots=True)
@@ -257,7 +263,14 @@ class _Merge:
     started: float
     ours: bool
     """It is the answer we are waiting for in `syncing`."""
+    compare: bool = False
+    """It is a look at third members too that is worth comparing with ours."""
     listed: set[Term] = field(default_factory=set)
+    agreed: Counter[Atom] = field(default_factory=Counter)
+    """How many names of each original it lists as we do."""
+    disputed: dict[Atom, None] = field(default_factory=dict)
+    news: ReplicaEvent | None = None
+    """Something it has changed without saying so, to be told our other trackers, which then ask it too."""
     stale: dict[Pid, None] = field(default_factory=dict)
 
 
@@ -296,6 +309,7 @@ class Tracker:
         self._crossing: tuple[Sync, float] | None = None
         """What the member we have asked has asked us, and until when it is for it to answer first."""
         self._awaiting: dict[Atom, float] = {}
+        self._early: dict[Pid, float] = {}
         self._pending_sync_reqs: dict[Atom, Sync] = {}
         self._postponed: deque[Call] = deque()
         self._retries: dict[Atom, int] = {}
@@ -715,7 +729,11 @@ class Tracker:
         else:
             entries = list(message.entries)
             entries.reverse()
-        self._add_job(_Merge(node, replace(message, entries=()), entries, self._now, ours))
+        member = self._members[node]
+        job = _Merge(node, replace(message, entries=()), entries, self._now, ours)
+        # Not every word of an original: two of them can disagree for ever.
+        job.compare = member.gater or not member.synced
+        self._add_job(job)
 
     def _work(self) -> None:
         budget = self.options.merge_chunk
@@ -762,6 +780,7 @@ class Tracker:
         for entry in entries:
             if job.merged is not None:
                 if not self._is_listed(job.merged, entry):
+                    self._is_news(job.merged, self._event(entry.clock), Untrack(pid))
                     self._drop(entry.name, pid)
             elif self._drop(entry.name, pid) is not None and messages.MFA in entry.meta:
                 self.placement.lost(entry)
@@ -789,6 +808,8 @@ class Tracker:
         owner = entry.pid.node
         known = shown if shown is None or shown.pid == entry.pid else self._claims.find(entry.name, entry.pid)
         if owner is job.node:
+            if known is None:
+                self._is_news(job, entry.clock, Track(entry.name, entry.pid, entry.meta))
             if shown is None and len(self.registry) < MAX_NAMES:
                 self._monitor(entry.pid)
                 self._claims.put_first(Entry(entry.name, entry.pid, entry.meta, self._joined(entry.clock)))
@@ -801,10 +822,29 @@ class Tracker:
         elif known is None and (owner in self._plain_nodes or self._unheard(owner)):
             self._rumour(entry.name, entry.pid)
             self._put(entry.name, entry.pid, entry.meta, self._joined(entry.clock))
+        elif job.compare and self._is_original(owner):
+            if known is not None and same_meta(known.meta, entry.meta):
+                job.agreed[owner] += 1
+            else:
+                job.disputed[owner] = None
+
+    def _is_news(self, job: _Merge, clock: Clock, change: Change) -> None:
+        member = self._members[job.node]
+        if job.news is None and member.synced and not member.gater:
+            job.news = ReplicaEvent(self.pid, itc.peek(clock), change)
 
     def _unheard(self, owner: Atom) -> bool:
         member = self._members.get(owner)
         return member is not None and not member.gater and not member.synced
+
+    def _settle_disputes(self, job: _Merge) -> None:
+        """Ask the originals of whose processes this member knows more or less than we. One of us has missed a change
+        that somebody else made, because it had no connection or heard of it before it heard of the process."""
+        for node, member in self._members.items():
+            if node is job.node or member.gater or not member.synced:
+                continue
+            if node in job.disputed or job.agreed[node] != self._claims.names_on_node(node):
+                self._ask_again(member)
 
     def _listed(self, node: Atom, entry: Entry, known: Entry | None) -> None:
         """A member lists a process of its own."""
@@ -847,10 +887,17 @@ class Tracker:
     def _merged(self, job: _Merge) -> None:
         node, message = job.node, job.message
         member = self._members[node]
-        doubts, member.doubts = member.doubts, set()
-        for pid in doubts:
+        for pid in [pid for pid, since in member.doubts.items() if since <= job.started - VERIFY_AFTER_S]:
+            del member.doubts[pid]
             if not self._claims.has_pid(pid):
                 self._emit(Demonitor(pid))
+        if member.doubts:
+            # What was said while its registry was on its way may not be in it.
+            self._verify_later()
+        if job.compare:
+            self._settle_disputes(job)
+        if job.news is not None:
+            self._send([each for each in self._members if self._is_gater(each)], job.news)
         member.synced = True
         member.failures = 0
         member.last_sync = self._now
@@ -895,17 +942,21 @@ class Tracker:
                 known = self._claims.find(name, pid)
                 if known is None:
                     self._claim(name, pid, meta, self._joined(clock))
+                    if not member.gater and self._was_heard_early(pid):
+                        self._doubt(pid)
                     return
                 self._hear_meta(member, known, meta, clock)
                 self._contest(name)
             case Untrack(pid):
-                member.doubts.discard(pid)
+                member.doubts.pop(pid, None)
                 entries = self._claims.of_pid(pid)
+                meant = [entry for entry in entries if itc.leq(entry.clock, clock)]
                 if member.gater or len(entries) == 1:
                     self._drop_all(entries)
-                elif entries:
-                    # The original means one of the names and says all of them.
-                    self._drop_all([entry for entry in entries if itc.leq(entry.clock, clock)])
+                else:
+                    self._drop_all(meant)
+                if entries and not member.gater and (len(entries) > 1 or not meant):
+                    # The original means one of the names, perhaps one we do not know, and says all of them.
                     self._ask_again(member)
             case UpdateMeta(meta, pid):
                 for entry in self._claims.of_pid(pid):
@@ -915,10 +966,10 @@ class Tracker:
         """New properties for a process of another node. Of those that an original may not have agreed to, ask it."""
         order = itc.compare(entry.clock, clock)
         if owner is None or not owner.gater:
-            if order == "gt":
-                return
             if order != "lt" and not same_meta(entry.meta, meta):
                 self._doubt(entry.pid)
+            if order == "gt":
+                return
             if order == "concurrent":
                 meta = merged_meta(entry.meta, meta)
         self._update(entry, meta, itc.join(entry.clock, clock))
@@ -975,13 +1026,18 @@ class Tracker:
                     self._rumour(name, pid)
                     self._put(name, pid, meta, self._joined(clock))
             case Untrack(pid):
-                entries = [entry for entry in self._claims.of_pid(pid) if itc.leq(entry.clock, clock)]
+                entries = self._claims.of_pid(pid)
                 if entries:
                     self._doubt(pid)
-                    self._drop_all(entries)
+                    self._drop_all([entry for entry in entries if itc.leq(entry.clock, clock)])
+                else:
+                    self._heard_early(pid)
             case UpdateMeta(meta, pid):
-                for entry in self._claims.of_pid(pid):
+                entries = self._claims.of_pid(pid)
+                for entry in entries:
                     self._hear_meta(owner, entry, meta, clock)
+                if not entries:
+                    self._heard_early(pid)
 
     # Rumours.
 
@@ -995,8 +1051,20 @@ class Tracker:
     def _doubt(self, pid: Pid) -> None:
         member = self._members.get(pid.node)
         if member is not None:
-            member.doubts.add(pid)
+            member.doubts[pid] = self._now
             self._verify_later()
+
+    def _heard_early(self, pid: Pid) -> None:
+        """Somebody has changed a registration that we have not heard of, or not any more."""
+        early = self._early
+        early.pop(pid, None)
+        early[pid] = self._now
+        while len(early) > MAX_HEARD_EARLY:
+            del early[next(iter(early))]
+
+    def _was_heard_early(self, pid: Pid) -> bool:
+        since = self._early.pop(pid, None) if self._early else None
+        return since is not None and since > self._now - EARLY_S
 
     def _verify_later(self) -> None:
         if self._verify_at is None:
@@ -1007,7 +1075,8 @@ class Tracker:
         for member in self._members.values():
             if not member.doubts and not member.rumours:
                 continue
-            if member.doubts or min(member.rumours.values()) <= self._now - VERIFY_AFTER_S:
+            oldest = min((*member.doubts.values(), *member.rumours.values()))
+            if oldest <= self._now - VERIFY_AFTER_S:
                 self._ask_again(member)
             else:
                 self._verify_later()
@@ -1021,7 +1090,7 @@ class Tracker:
     def _process_down(self, pid: Pid, connection_lost: bool) -> None:
         owner = self._members.get(pid.node)
         if owner is not None:
-            owner.doubts.discard(pid)
+            owner.doubts.pop(pid, None)
         entries = self._claims.of_pid(pid)
         if not entries:
             return
