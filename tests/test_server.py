@@ -317,7 +317,7 @@ async def test_the_server_answers_sys_get_state(house: House) -> None:
     await wait_until(lambda: answers, "an answer")
     tag, state = answers[0]
     assert tag == reference
-    assert state == {Atom("under_way"): 0, Atom("stores"): [STORE]}
+    assert state == {Atom("under_way"): 0, Atom("stores"): [STORE], Atom("no_quorum"): {}}
 
 
 async def test_many_callers_get_their_own_answers(house: House) -> None:
