@@ -219,3 +219,63 @@ async def test_messages_sent_with_priority_arrive(beam: Beams) -> None:
         await peer.eval("erlang:send(A, {to, alias}, [priority])", A=alias)
         assert await me.next() == (Atom("to"), Atom("alias"))
         assert await erpc_call(node, peer.atom, "erlang", "node") is peer.atom
+
+
+async def test_python_starts_linked_and_watched_processes_on_a_beam(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        me = Collector(node, trap_exit=True)
+        ask = me.process.spawn_request
+        for options in ({}, {"link": True}, {"monitor": True}, {"link": True, "monitor": True}):
+            reference = ask(erl_node.atom, "erlang", "exit", [OOPS], **options)
+            kind, answered, result, pid = await me.next()
+            assert (kind, answered, result) == (Atom("spawn_reply"), reference, OK)
+            assert pid.node is erl_node.atom
+            expected = []
+            if "link" in options:
+                expected.append((Atom("EXIT"), pid, OOPS))
+            if "monitor" in options:
+                expected.append((Atom("DOWN"), reference, Atom("process"), pid, OOPS))
+            seen = [await me.next() for _ in expected]
+            assert sorted(seen, key=repr) == sorted(expected, key=repr)
+        assert not me.process.links
+        assert not me.process.monitors
+        connection = node.peers.table[erl_node.atom]
+        assert not any((connection.links, connection.monitors, connection.spawns))
+        reference = ask(erl_node.atom, "no_such_module", "f", monitor=True)
+        assert (await me.next())[:3] == (Atom("spawn_reply"), reference, OK)
+        assert (await me.next())[4][0] is Atom("undef")
+        reference = ask("nobody@127.0.0.1", "m", "f", link=True, monitor=True)
+        assert await me.next() == (Atom("spawn_reply"), reference, Atom("error"), Atom("noconnection"))
+        assert not me.process.monitors
+
+
+async def test_a_linked_process_on_a_beam_ends_with_the_python_process_that_asked(
+    erl_node: BeamNode, beam: Beams
+) -> None:
+    async with python_node(beam) as node:
+        await node.connect(erl_node.atom)
+        for is_told in (True, False):
+            me = Collector(node)
+            before = await erl_node.eval("length(processes())")
+            me.process.spawn_request(erl_node.atom, "timer", "sleep", [Atom("infinity")], link=True)
+            if is_told:
+                assert (await me.next())[2] is OK
+            me.process.exit(OOPS)
+            await wait_until(lambda before=before: _no_more_than(erl_node, before))
+            assert not node.peers.table[erl_node.atom].spawns
+
+
+async def _no_more_than(erl_node: BeamNode, count: int) -> bool:
+    return await erl_node.eval("length(processes()) =< Count", Count=count)
+
+
+async def test_a_monitor_of_a_spawn_request_can_be_given_up_before_the_answer(erl_node: BeamNode, beam: Beams) -> None:
+    async with python_node(beam) as node:
+        await node.connect(erl_node.atom)
+        me = Collector(node)
+        reference = me.process.spawn_request(erl_node.atom, "erlang", "exit", [OOPS], monitor=True)
+        assert me.process.demonitor(reference)
+        assert (await me.next())[:3] == (Atom("spawn_reply"), reference, OK)
+        assert await erl_node.eval("erlang:node()") is erl_node.atom
+        assert not node.peers.table[erl_node.atom].monitors
+        assert me.messages.empty()

@@ -48,6 +48,9 @@ EXIT: Final = Atom("EXIT")
 DOWN: Final = Atom("DOWN")
 PROCESS: Final = Atom("process")
 TIMEOUT: Final = Atom("timeout")
+SPAWN_REPLY: Final = Atom("spawn_reply")
+_OK: Final = Atom("ok")
+_ERROR: Final = Atom("error")
 MAILBOX_LIMIT: Final = Atom("mailbox_limit")
 _PYTHON_ERROR: Final = Atom("python_error")
 _NOCATCH: Final = Atom("nocatch")
@@ -372,6 +375,45 @@ class Process:
     def _untie(self, reference: Reference) -> None:
         if reference in self.tied:
             self.unalias(reference)
+
+    def spawn_request(
+        self,
+        peer: str | Atom,
+        module: str | Atom,
+        function: str | Atom,
+        arguments: Iterable[Term] = (),
+        *,
+        link: bool = False,
+        monitor: bool = False,
+    ) -> Reference:
+        """`erlang:spawn_request(Node, M, F, Args, Opts)`: start a process on another node, linked or watched from its
+        first moment on.
+
+        `{spawn_reply, Ref, ok, Pid}` or `{spawn_reply, Ref, error, Reason}` arrives (`noconnection`, `notsup`, ..).
+        With `monitor` the reference is that of a monitor as well: `{'DOWN', Ref, process, Pid, Reason}`.
+        """
+
+        def refused(reason: Term) -> None:
+            self.monitors.pop(watch.reference, None)
+            self.deliver((SPAWN_REPLY, watch.reference, _ERROR, reason))
+
+        def down(fired: Monitor, reason: Term) -> None:
+            self.monitors.pop(fired.reference, None)
+            self.deliver((DOWN, fired.reference, PROCESS, fired.object, reason))
+
+        watch = self.node.signals.spawn_request(
+            Atom(str(peer)),
+            (Atom(str(module)), Atom(str(function)), list(arguments)),
+            refused,
+            down,
+            self.pid,
+            on_spawned=lambda pid: self.deliver((SPAWN_REPLY, watch.reference, _OK, pid)),
+            linked=self if link else None,
+            watched=monitor,
+        )
+        if monitor:
+            self.monitors[watch.reference] = watch
+        return watch.reference
 
     def send_after(self, delay_s: float, to: Term, message: Term) -> asyncio.TimerHandle:
         """`erlang:send_after`: send `message` to `to` in `delay_s` seconds; the handle returned can cancel it.

@@ -267,7 +267,7 @@ class Router:
     def _on_spawn_reply(
         self, connection: Connection, message: control.SpawnReply | control.SpawnReplyTT, _: Term
     ) -> None:
-        self._signals.spawn_answered(connection, message.req_id, message.result)
+        self._signals.spawn_answered(connection, message.req_id, message.result, message.flags)
 
 
 def _check_origin(connection: Connection, pid: Pid) -> None:

@@ -40,6 +40,7 @@ DIST_MONITOR: Final = int(DistributionFlag.DIST_MONITOR)
 SPAWN: Final = int(DistributionFlag.SPAWN)
 UNLINK_ID: Final = int(DistributionFlag.UNLINK_ID)
 _MONITOR: Final = Atom("monitor")
+_LINK: Final = Atom("link")
 _NOTSUP: Final = Atom("notsup")
 
 log = structlog.get_logger(__name__)
@@ -90,14 +91,25 @@ class Alias:
 class SpawnCall:
     """A spawn request of ours.
 
-    `on_error(reason)` if it is refused, `on_down(monitor, reason)` when the process has ended.
+    `on_error(reason)` if it is refused, `on_spawned(pid)` if not. If it is `watched`, `on_down(monitor, reason)` when
+    the process has ended. `linked` is the process to be linked with the new one.
     """
 
-    __slots__ = ("monitor", "on_error")
+    __slots__ = ("linked", "monitor", "on_error", "on_spawned", "watched")
 
-    def __init__(self, monitor: Monitor, on_error: Callable[[Term], None]) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        on_error: Callable[[Term], None],
+        on_spawned: Callable[[Pid], None] | None,
+        linked: Process | None,
+        watched: bool,
+    ) -> None:
         self.monitor = monitor
         self.on_error = on_error
+        self.on_spawned = on_spawned
+        self.linked = linked
+        self.watched = watched
 
 
 class Signals:
@@ -301,13 +313,20 @@ class Signals:
         on_error: Callable[[Term], None],
         on_down: Callable[[Monitor, Term], None],
         owner: Pid,
+        *,
+        on_spawned: Callable[[Pid], None] | None = None,
+        linked: Process | None = None,
+        watched: bool = True,
     ) -> Monitor:
-        """Spawn `M:F(Args)` on `peer` with a monitor: see `Node.spawn_request`."""
+        """Spawn `M:F(Args)` on `peer`: see `Node.spawn_request` and `Process.spawn_request`."""
         connection = self._node.connection(peer)
         monitor = Monitor(self._node.make_reference(), owner, None, on_down)
         monitor.connection = connection
-        call = SpawnCall(monitor, on_error)
-        self._send_spawn(connection, monitor.reference, owner, mfa, [_MONITOR])
+        call = SpawnCall(monitor, on_error, on_spawned, linked, watched)
+        options: list[Term] = [_MONITOR] if watched else []
+        if linked is not None:
+            options.append(_LINK)
+        self._send_spawn(connection, monitor.reference, owner, mfa, options)
         connection.spawns[monitor.reference] = call
         connection.when_up(lambda: self._refuse_if_unable(connection, call))
         return monitor
@@ -333,8 +352,8 @@ class Signals:
             connection.spawns.pop(call.monitor.reference, None)
             self._node.soon(self.spawn_refused, call, _NOTSUP)
 
-    def spawn_answered(self, connection: Connection, reference: Reference, result: Term) -> None:
-        """The answer to a spawn request: a pid, or why there is none."""
+    def spawn_answered(self, connection: Connection, reference: Reference, result: Term, flags: int) -> None:
+        """The answer to a spawn request: a pid, or why there is none; and whether it is linked with who asked."""
         call = connection.spawns.pop(reference, None)
         if call is None:
             return
@@ -343,10 +362,21 @@ class Signals:
             self.spawn_refused(call, result)
             return
         monitor.target = monitor.object = result
-        connection.monitors[reference] = monitor
-        if monitor.fired:
-            monitor.fired = False
-            self.demonitor(monitor)
+        linked = call.linked
+        if linked is not None and flags & control.SpawnReplyFlag.LINK:
+            if linked.alive:
+                linked.links.add(result)
+                connection.links.setdefault(result, set()).add(linked)
+            else:
+                # Who asked has ended meanwhile, and cannot have been told of by its own links.
+                self.send_exit(connection, linked.pid, result, NOPROC)
+        if call.watched:
+            connection.monitors[reference] = monitor
+            if monitor.fired:
+                monitor.fired = False
+                self.demonitor(monitor)
+        if call.on_spawned is not None:
+            call.on_spawned(result)
 
     @staticmethod
     def spawn_refused(call: SpawnCall, reason: Term) -> None:
