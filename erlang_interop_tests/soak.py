@@ -39,7 +39,7 @@ from erlang_interop_tests.python_node import python_node
 from gater.erl import Node
 from gater.erl.errors import ConnectionLost, ErlangError, ErlangExit, ErlangThrow, ErlError, ProcessDied
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, start_server
-from gater.erl.process import DOWN, EXIT, NOCONNECTION, Mailbox, Stop
+from gater.erl.process import DOWN, EXIT, NOCONNECTION, SPAWN_REPLY, Mailbox, Stop
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Pid, Term
 
@@ -70,6 +70,7 @@ ALLOWED: Final[dict[str, tuple[str, str]]] = {
     "erpc_throw": ("oops", "noconnection"),
     "erpc_exit": ("oops", "noconnection"),
     "spawn_monitor": ("oops", "noconnection"),
+    "spawn": ("oops", "noconnection"),
     "cast": ("ok", "ok"),
     "die": ("ok", "noconnection"),
 }
@@ -237,6 +238,7 @@ class Soak:
             "link": self._link,
             "monitor": self._monitor,
             "erpc": self._erpc,
+            "spawn": self._spawn,
             "cast": self._cast,
         }
         names = list(steps)
@@ -298,6 +300,17 @@ class Soak:
         except ErlangError as error:
             return "noconnection" if error.reason == (Atom("erpc"), NOCONNECTION) else repr(error)
         return "ok" if answer is peer else f"wrong: {answer}"
+
+    async def _spawn(self, me: Mailbox, peer: Atom) -> str:
+        reference = me.process.spawn_request(peer, "erlang", "exit", [Atom("oops")], link=True, monitor=True)
+        _, _, result, told = await me.get(lambda each: each[:2] == (SPAWN_REPLY, reference), timeout_s=8)
+        if result is not Atom("ok"):
+            return str(told)
+        down = await me.get(lambda each: each[:2] == (DOWN, reference), timeout_s=8)
+        exited = await me.get(lambda each: each[:2] == (EXIT, told), timeout_s=8)
+        reasons = {down[4], exited[2]} - {NOCONNECTION}
+        # A cut may come between the two.
+        return "noconnection" if NOCONNECTION in (down[4], exited[2]) else " and ".join(map(str, reasons))
 
     async def _cast(self, me: Mailbox, peer: Atom) -> str:
         cast(self.node, (Atom("soak"), peer), 1, me.pid)
