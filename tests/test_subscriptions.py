@@ -545,6 +545,28 @@ def test_counting_keeps_the_store_less_than_two_percent_busy(cost: float, sharer
     assert BUSY_SHARE < 0.02
 
 
+def test_members_that_do_not_answer_put_off_no_count() -> None:
+    plan, now = PollPlan(0.0), 0.0
+    for index in range(10):
+        plan.index(index, now)
+        assert plan.counts_due(now)
+        now += 8.0
+        plan.counts(False, 8.0, now)
+        now += 1.0
+    assert plan.counts_due(now)
+
+
+def test_one_slow_count_among_quick_ones_puts_off_no_other() -> None:
+    plan, now = PollPlan(0.0), 0.0
+    for index in range(20):
+        plan.index(index, now)
+        assert plan.counts_due(now), index
+        took_s = 5.0 if index % 4 == 3 else 0.01
+        now += took_s
+        plan.counts(True, took_s, now)
+        now += 0.1
+
+
 def test_without_an_index_streams_are_counted_now_and_then() -> None:
     plan, counted, now = PollPlan(0.0), 0, 0.0
     while now < 60.0:

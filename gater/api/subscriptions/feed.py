@@ -513,10 +513,10 @@ class Feed:
                 self._count(self._counts_streams, counts)
         elif input.token == self._start_token:
             self._start_token = 0
-            self._poll.charge(input.took_s, self._now)
             if counts is None:
                 self._start_at = self._now + START_AGAIN_S
             else:
+                self._poll.charge(input.took_s, self._now)
                 self._start_at = self._now
                 self._count(self._start_streams, counts)
                 self._start_counted(counts)

@@ -9,6 +9,7 @@ Gateways ask the same node, so each takes its part of that share.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 INDEX_S: Final = 0.1
@@ -26,6 +27,9 @@ BLIND_S: Final = 5.0
 CONFIRM_S: Final = 5.0
 """After the last count that followed a change the streams are counted once more: the member of the store that was
 asked may have been behind the one that told the index."""
+
+COSTS_KEPT: Final = 5
+"""The quickest of so many counts says what one costs the store: what the others took longer, somebody else has used."""
 
 ANSWER_S: Final = 10.0
 """After this time a question counts as failed, whoever should have answered it."""
@@ -47,7 +51,7 @@ class PollPlan:
         self._credit_at = now
         self._asked_index: float | None = None
         self._asked_counts: float | None = None
-        self._last_cost = 0.0
+        self._costs: deque[float] = deque(maxlen=COSTS_KEPT)
         self._retry_at = now
         self._must = False
         self._confirm_at = float("inf")
@@ -87,21 +91,24 @@ class PollPlan:
         return True
 
     def counts(self, ok: bool, took_s: float, now: float) -> None:
-        """The answer came, or it failed."""
+        """The answer came, or it failed: a member that does not answer is not kept busy by that."""
         self._asked_counts = None
-        self._pay(now)
-        self._credit -= took_s
-        self._last_cost = took_s
         if ok:
+            self.charge(took_s, now)
             self._counted_at = self._counting_at
         else:
             self._must = True
             self._retry_at = now + 1.0
 
     def charge(self, took_s: float, now: float) -> None:
-        """Streams were counted for another reason, which cost the store so much."""
+        """Streams were counted, which took so long."""
         self._pay(now)
-        self._credit -= took_s
+        self._costs.append(took_s)
+        self._credit -= self._cost
+
+    @property
+    def _cost(self) -> float:
+        return min(self._costs, default=0.0)
 
     def _wants_counts(self, now: float) -> bool:
         return self._must or self._index != self._counted_at or now >= self._confirm_at
@@ -117,7 +124,7 @@ class PollPlan:
 
     def _affordable_at(self, now: float) -> float:
         self._pay(now)
-        missing = min(self._last_cost, MAX_CREDIT_S) - self._credit
+        missing = min(self._cost, MAX_CREDIT_S) - self._credit
         return max(self._retry_at, now + missing * self.sharers / BUSY_SHARE if missing > 0 else now)
 
     def _pay(self, now: float) -> None:

@@ -20,13 +20,19 @@ from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
 
 COUNTS_TIMEOUT_S: Final = 8.0
-"""Less than the feed waits for an answer (`poll.ANSWER_S`); a count of 100,000 streams takes half a second."""
+"""Less than the feed waits for an answer (`poll.ANSWER_S`), for all members that are asked in turn."""
+
+COUNT_TIMEOUT_S: Final = 3.0
+"""For one of them; a count of 100,000 streams takes half a second."""
 
 FENCE_S: Final = 1.0
 """For a member of the store to catch up, before another one is asked."""
 
-INDEX_TIMEOUT_S: Final = 2.0
+INDEX_TIMEOUT_S: Final = 1.0
 """For the Raft index, which takes a fraction of a millisecond on a node that is well."""
+
+ASK_AGAIN_S: Final = 5.0
+"""Before a member that did not tell its index is asked again."""
 
 MAX_VERSIONS_AT_ONCE: Final = 32
 """Streams asked for their version at once where counts are not to be had."""
@@ -45,6 +51,10 @@ class StoreReads:
     def __init__(self, service: Service, store: Atom) -> None:
         self._service = service
         self._decoded = Decoder()
+        self._applied: dict[Atom, int] = {}
+        """The index of each member of the store, when it was last asked."""
+        self._silent_until: dict[Atom, float] = {}
+        self._turn = 0
         self.store = store
 
     def ask(self, request: Term, on_reply: Callable[[Term], None]) -> None:
@@ -91,9 +101,17 @@ class StoreReads:
         service = self._service
         if service.is_embedded(self.store):
             return await self._embedded_counts(streams)
-        for node in self._khepri_nodes():
+        loop = asyncio.get_running_loop()
+        until = loop.time() + COUNTS_TIMEOUT_S
+        nodes = self._khepri_nodes()
+        for gone in self._applied.keys() - set(nodes):
+            del self._applied[gone]
+        for node in sorted(nodes, key=lambda node: self._applied.get(node, -1), reverse=True):
+            left_s = until - loop.time()
+            if left_s <= 0:
+                return None
             try:
-                return await self._khepri_counts(node, streams)
+                return await self._khepri_counts(node, streams, min(COUNT_TIMEOUT_S, left_s))
             except (ErlangException, ErlError, TypeError, ValueError, LookupError):
                 continue
         return await self._versions(streams)
@@ -108,10 +126,13 @@ class StoreReads:
         return reply[1] if reply[0] is schema.OK else None
 
     def _khepri_nodes(self) -> list[Atom]:
+        """The members of the store that offer Khepri."""
         service = self._service
         return [node for node in service.router.nodes(self.store) if service.guarded_forms.get(node) is not None]
 
-    async def _khepri_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Mapping[bytes, int]:
+    async def _khepri_counts(
+        self, node: Atom, streams: Sequence[bytes] | None, timeout_s: float
+    ) -> Mapping[bytes, int]:
         if streams is None:
             which: Term = _ANY_NODE
         elif len(streams) == 1:
@@ -124,7 +145,7 @@ class StoreReads:
             "khepri_adv",
             "get_many",
             [self.store, [STREAMS, which], _PROPS],
-            timeout_s=COUNTS_TIMEOUT_S,
+            timeout_s=timeout_s,
         )
         ok, found = answer
         if ok is not schema.OK:
@@ -154,14 +175,22 @@ class StoreReads:
         service = self._service
         if service.embedded is not None and service.is_embedded(self.store):
             return service.embedded.committed(self.store)
-        for node in self._khepri_nodes():
+        nodes = self._khepri_nodes()
+        now = asyncio.get_running_loop().time()
+        # In turn: one that is cut off from the others answers as well, but what it knows stands still.
+        self._turn += 1
+        for node in (*nodes[self._turn % len(nodes) :], *nodes[: self._turn % len(nodes)]) if nodes else ():
+            if self._silent_until.get(node, now) > now:
+                continue
             try:
                 metrics: Any = await erpc_call(
                     service.node, node, "ra", "key_metrics", [(self.store, node)], timeout_s=INDEX_TIMEOUT_S
                 )
-                return int(metrics[_LAST_APPLIED])
+                self._applied[node] = int(metrics[_LAST_APPLIED])
+                return max(self._applied.values())
             except (ErlangException, ErlError, TypeError, ValueError, LookupError):
-                continue
+                self._applied.pop(node, None)
+                self._silent_until[node] = now + ASK_AGAIN_S
         return None
 
 

@@ -1,0 +1,74 @@
+"""What a feed asks of the members of a store: which one it believes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway_kit import STORE
+from node_kit import wait_until
+from test_service import House, open_house
+
+from gater.api.subscriptions.reads import StoreReads
+from gater.erl.terms import Atom, Term
+
+LAST_APPLIED = Atom("last_applied")
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with open_house(tmp_path, nodes=3, khepri=True) as opened:
+        service = opened.system.service
+        await wait_until(lambda: len(service.guarded_forms) == 3, "three members that offer Khepri")
+        yield opened
+
+
+class Members:
+    """What the members say: index and events of stream `s`, by position; None: it raises."""
+
+    def __init__(self, house: House, said: list[tuple[int, int] | None]) -> None:
+        self.said = said
+        self.counted: list[int] = []
+        for index, each in enumerate(house.cluster.nodes):
+            each.node.exports.add("ra", "key_metrics", lambda server, i=index: {LAST_APPLIED: self._of(i)[0]})
+            exports = each.node.exports
+            del exports._functions[Atom("khepri_adv"), Atom("get_many"), 3]
+            exports.add("khepri_adv", "get_many", lambda *asked, i=index: self._count(i), arities=[3])
+
+    def _of(self, index: int) -> tuple[int, int]:
+        said = self.said[index]
+        if said is None:
+            raise RuntimeError("no")
+        return said
+
+    def _count(self, index: int) -> Term:
+        self.counted.append(index)
+        return (Atom("ok"), {(Atom("streams"), b"s"): {Atom("child_list_length"): self._of(index)[1]}})
+
+
+async def test_the_member_that_is_furthest_is_believed(house: House) -> None:
+    members = Members(house, [(10, 1), (17, 4), (12, 2)])
+    reads = StoreReads(house.system.service, STORE)
+    # In turn; one whose index stands still says nothing new.
+    assert max([await reads.index() for _ in range(3)], key=lambda value: value or 0) == 17
+    assert await reads.index() == 17
+    assert await reads.counts(None) == {b"s": 4}
+    members.said[1] = None
+    seen: list[Any] = [await reads.index() for _ in range(3)]
+    assert seen[-1] == 12
+    assert await reads.counts(None) == {b"s": 2}
+
+
+async def test_a_store_that_was_made_anew_is_seen_to_have_changed(house: House) -> None:
+    members = Members(house, [(100, 9)] * 3)
+    reads = StoreReads(house.system.service, STORE)
+    assert [await reads.index() for _ in range(3)] == [100] * 3
+    members.said = [(3, 1)] * 3
+    assert [await reads.index() for _ in range(3)][-1] == 3
+
+
+async def test_where_nobody_tells_an_index_there_is_none(house: House) -> None:
+    Members(house, [None] * 3)
+    assert await StoreReads(house.system.service, STORE).index() is None
