@@ -308,9 +308,9 @@ class Soak:
             return str(told)
         down = await me.get(lambda each: each[:2] == (DOWN, reference), timeout_s=8)
         exited = await me.get(lambda each: each[:2] == (EXIT, told), timeout_s=8)
-        reasons = {down[4], exited[2]} - {NOCONNECTION}
+        reasons = {down[4], exited[2]}
         # A cut may come between the two.
-        return "noconnection" if NOCONNECTION in (down[4], exited[2]) else " and ".join(map(str, reasons))
+        return "noconnection" if NOCONNECTION in reasons else " and ".join(map(str, reasons))
 
     async def _cast(self, me: Mailbox, peer: Atom) -> str:
         cast(self.node, (Atom("soak"), peer), 1, me.pid)

@@ -99,6 +99,7 @@ async def test_a_call_that_times_out_exits_with_timeout(elixir_node: BeamNode, b
             await elixir_node.eval("GenServer.call(p, :later, 50)", p=server.pid)
         assert exited.value.kind == "exit"
         assert exited.value.reason[0] is Atom("timeout")
+        await wait_until(lambda: server.waiting)
         server.reply(server.waiting[0], OOPS)
         assert await elixir_node.eval("GenServer.call(p, :count)", p=server.pid) == 0
         await wait_until(lambda: not server.process.monitored_by)
