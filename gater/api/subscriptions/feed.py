@@ -45,7 +45,8 @@ START_AGAIN_S: Final = 0.5
 """Pause after a count failed that subscriptions need to start."""
 
 MAX_VAIN_READS: Final = 6
-"""Reads that find nothing of what a hint promised (1.5 s in all) before the promise is forgotten."""
+"""Reads that find nothing of what a hint promised (1.5 s in all) before the promise is forgotten, and the streams are
+counted once more."""
 
 
 MAX_DIRTY: Final = 1_000_000
@@ -436,6 +437,8 @@ class Feed:
                 self._queue[stream] = None
         elif events is not None and not events and tries >= MAX_VAIN_READS:
             self._clean(stream)
+            if self._poll is not None:
+                self._poll.doubt(self._now)
             if before == 0 and stream not in self._of_stream:
                 del self._next[stream]
         else:

@@ -31,6 +31,9 @@ asked may have been behind the one that told the index."""
 COSTS_KEPT: Final = 5
 """The quickest of so many counts says what one costs the store: what the others took longer, somebody else has used."""
 
+UNKNOWN_COST_S: Final = 0.1
+"""What one is taken to cost, at most, until there have been so many."""
+
 ANSWER_S: Final = 10.0
 """After this time a question counts as failed, whoever should have answered it."""
 
@@ -104,11 +107,15 @@ class PollPlan:
         """Streams were counted, which took so long."""
         self._pay(now)
         self._costs.append(took_s)
-        self._credit -= self._cost
+        self._credit -= self._cost if len(self._costs) == COSTS_KEPT else min(took_s, UNKNOWN_COST_S)
+
+    def doubt(self, now: float) -> None:
+        """What was said to be there could not be read: either it is not, or the member that was read from is behind."""
+        self._confirm_at = min(self._confirm_at, now + CONFIRM_S)
 
     @property
     def _cost(self) -> float:
-        return min(self._costs, default=0.0)
+        return min(self._costs) if len(self._costs) == COSTS_KEPT else 0.0
 
     def _wants_counts(self, now: float) -> bool:
         return self._must or self._index != self._counted_at or now >= self._confirm_at
