@@ -13,9 +13,11 @@ from gater.erl.terms import Atom, Term
 
 
 @contextlib.asynccontextmanager
-async def python_node(beam: Beams, *, cookie: str | None = None, ticktime_s: float = 60.0) -> AsyncIterator[Node]:
+async def python_node(
+    beam: Beams, *, cookie: str | None = None, ticktime_s: float = 60.0, headers: bool = True
+) -> AsyncIterator[Node]:
     """A node that shares the cookie and the EPMD of `beam`."""
-    options = NodeOptions(epmd_port=await beam.epmd_port(), builtin_epmd=False, ticktime_s=ticktime_s)
+    options = NodeOptions(epmd_port=await beam.epmd_port(), builtin_epmd=False, ticktime_s=ticktime_s, headers=headers)
     async with make_node(unique_name("py"), cookie=cookie or beam.cookie, options=options) as node:
         yield node
 

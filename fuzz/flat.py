@@ -17,9 +17,9 @@ from typing import Final, TypeAlias
 
 from gater.erl import etf
 from gater.erl.connection import FrameReader
-from gater.erl.dist_header import HeaderReader
+from gater.erl.dist_header import HeaderReader, HeaderWriter
 from gater.erl.errors import LimitExceeded
-from gater.erl.terms import Atom
+from gater.erl.terms import Atom, EncodedTerm
 
 SIZES: Final = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 50_000_000)
 DEEP: Final = 16_000
@@ -151,6 +151,11 @@ def _spine(size: int) -> tuple[int, Reader]:
     return len(data), lambda: etf.decode_spine(data, 0, 2, etf.AtomTable())
 
 
+def _pass_on(size: int) -> tuple[int, Reader]:
+    term = EncodedTerm(_repeated(b"l", b"R\7", b"j")(size)[1:], atoms=tuple(CACHE))
+    return len(term.data), lambda: HeaderWriter().message((1, term))
+
+
 def _fragments(of: int) -> Callable[[int], tuple[int, Reader]]:
     """A message cut into fragments of `of` bytes."""
 
@@ -211,6 +216,7 @@ CASES: Final[dict[str, Callable[[int], tuple[int, Reader]]]] = {
     "skip_term of a list of events": _skip,
     "to_plain of atom cache references": _make_plain,
     "decode_spine of a reply with events": _spine,
+    "passing on of atom cache references": _pass_on,
     "message in fragments of 64 kB": _fragments(65_536),
     "message in fragments of 1 kB": _fragments(1_000),
     "message in fragments of 1 byte": _fragments(1),

@@ -16,7 +16,7 @@ from typing import Final
 from gater.cluster.gossip import GossipCodec, Intake, NotHeartbeat
 from gater.erl import control, epmd_protocol, etf
 from gater.erl.connection import FrameReader
-from gater.erl.dist_header import HeaderReader
+from gater.erl.dist_header import HeaderReader, HeaderWriter, Message
 from gater.erl.errors import DecodeError, HandshakeError, LimitExceeded, RemoteProtocolError, shown
 from gater.erl.handshake import OUR_FLAGS, AcceptStatus, Completed, Handshake, LocalIdentity, PeerNamed, StatusReceived
 from gater.erl.phash2 import phash2
@@ -108,7 +108,7 @@ def _whole(spine: Term) -> Term:
         heads.append(spine[:-1])
         spine = spine[-1]
     if type(spine) is EncodedTerm:
-        spine = etf.decode_term(spine.data, 0, etf.AtomTable())[0]
+        spine = etf.decode_encoded(spine)
     for head in reversed(heads):
         spine = (*head, spine)
     return spine
@@ -143,6 +143,7 @@ def dist_header(data: bytes) -> None:
         etf.AtomTable(MAX_ATOMS), max_open_sequences=8, max_message_bytes=16 * 1024, max_open_bytes=32 * 1024
     )
     atoms = etf.AtomTable(MAX_ATOMS)
+    leaving, arriving = HeaderWriter(), HeaderReader(etf.AtomTable())
     for frame in blocks(data):
         if not frame:
             continue
@@ -158,10 +159,22 @@ def dist_header(data: bytes) -> None:
         try:
             _, end = etf.decode_term(message.data, message.pos, atoms, message.atoms)
             if end < len(message.data):
-                etf.decode_term(message.data, end, atoms, message.atoms)
-                etf.decode_spine(message.data, end, 2, atoms, message.atoms)
+                spine = etf.decode_spine(message.data, end, 2, atoms, message.atoms)
+                _pass_on(spine, message, end, leaving, arriving)
         except (DecodeError, LimitExceeded):
             pass
+
+
+def _pass_on(spine: Term, message: Message, pos: int, writer: HeaderWriter, reader: HeaderReader) -> None:
+    """The term from `pos` on must be the same when it was passed on unread. What is none is passed on as it is."""
+    term, term_end = etf.decode_term(message.data, pos, etf.AtomTable(MAX_ATOMS), message.atoms)
+    passed = reader.receive(b"".join(writer.message((1, Atom("to")), spine).frame()))
+    promise(passed is not None, "what is passed on is no whole message")
+    assert passed is not None
+    _, end = etf.decode_term(passed.data, passed.pos, etf.AtomTable(), passed.atoms)
+    again, end = etf.decode_term(passed.data, end, etf.AtomTable(), passed.atoms)
+    promise(len(passed.data) - end == len(message.data) - term_end, "other bytes follow what is passed on")
+    promise(exact_equal(again, term), "what is passed on is another term")
 
 
 _STATUSES: Final[tuple[AcceptStatus, ...]] = ("ok", "ok_simultaneous", "nok", "not_allowed", "alive")

@@ -74,8 +74,6 @@ class System:
                 builtin_epmd=settings.epmd_builtin,
                 ticktime_s=settings.net_ticktime_s,
                 max_peers=settings.max_connections,
-                # Replies are passed on as they came, which a header's atom cache would not allow.
-                headers=False,
             ),
         )
         self.stores = _open_stores(settings)

@@ -151,6 +151,40 @@ async def test_a_process_that_sends_to_a_peer_that_does_not_read_has_to_wait(hea
         await reading
 
 
+async def test_the_rest_of_a_large_message_holds_only_the_process_that_has_sent_it() -> None:
+    async with running(unique_name()) as (node,):
+        peer = await unread_peer(node, flags=node.flags)
+
+        class Forwarder(Collector):
+            def receive(self, message: object) -> None:
+                super().receive(message)
+                self.process.send(peer.pid, message)
+
+        large, small = Forwarder(node), Forwarder(node)
+        node.send(large.process.pid, LARGE)
+        assert await large.next() is LARGE
+        node.send(large.process.pid, SMALL)
+        for number in range(20):
+            node.send(small.process.pid, number)
+        assert [await small.next() for _ in range(20)] == list(range(20))
+        # More small messages than may wait for a peer hold their sender too.
+        for _ in range(3 * BUSY_BYTES // 50_000):
+            node.send(small.process.pid, bytes(50_000))
+        await wait_until(lambda: not node._ready)
+        assert small.process.queue_length() > BUSY_BYTES // 50_000
+        assert large.process.queue_length() == 1
+
+        async def read_everything() -> None:
+            while await peer.reader.read(1 << 20):
+                pass
+
+        reading = asyncio.create_task(read_everything())
+        assert await large.next() is SMALL
+        await wait_until(lambda: not small.process.queue_length())
+        peer.writer.close()
+        await reading
+
+
 async def test_a_call_to_a_peer_that_does_not_read_sends_nothing_and_times_out() -> None:
     async with running(unique_name()) as (node,):
         peer = await unread_peer(node)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gater.erl.dist_header import CACHE_SIZE, HeaderReader, HeaderWriter, Message, OutgoingMessage
 from gater.erl.errors import DecodeError, EncodeError, LimitExceeded, RemoteProtocolError
-from gater.erl.etf import AtomTable, decode_term, encode_term, to_plain
-from gater.erl.terms import Atom, Pid, Term, atom
+from gater.erl.etf import AtomTable, decode_spine, decode_term, encode_term, to_plain
+from gater.erl.terms import Atom, EncodedTerm, Pid, Term, atom
+
+CONTROL = (22, Pid(Atom("gate@host"), 1, 2, 3), Pid(Atom("caller@host"), 4, 5, 6))
 
 
 def frame_of(pieces: list[bytes]) -> bytes:
@@ -76,7 +78,7 @@ def test_true_false_and_nil_can_stand_in_the_cache(reader: HeaderReader) -> None
 
 
 def test_an_atom_is_sent_in_full_once(reader: HeaderReader) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     term = (Atom("a_rather_long_name"), Pid(Atom("node@host"), 1, 2, 3), [Atom("a_rather_long_name")])
     first, second = (frame_of(writer.message(term).frame()) for _ in range(2))
     assert first.count(b"a_rather_long_name") == 1
@@ -84,13 +86,26 @@ def test_an_atom_is_sent_in_full_once(reader: HeaderReader) -> None:
     assert terms_of(reader.receive(first)) == terms_of(reader.receive(second)) == [term]
 
 
+def test_a_small_message_makes_no_use_of_the_cache_and_a_long_one_does(reader: HeaderReader) -> None:
+    writer = HeaderWriter()
+    small: Term = (Atom("$gen_call"), (CONTROL[1], [Atom("alias")]), (Atom("append"), {Atom("key"): Atom("value")}))
+    for _ in range(2):
+        frame = frame_of(writer.message(CONTROL, small).frame())
+        assert frame == b"\x83D\0" + encode_term(CONTROL) + encode_term(small)
+    long = [{Atom(f"key {number}"): Atom("value") for number in range(10)}] * 100
+    for times in (1, 0):
+        frame = frame_of(writer.message(CONTROL, long).frame())
+        assert frame.count(b"key 5") == times
+        assert terms_of(reader.receive(frame)) == [CONTROL, long]
+
+
 def test_a_control_message_and_its_payload_share_a_header(reader: HeaderReader) -> None:
-    message = HeaderWriter().message((2, None, Atom("to")), [Atom("to"), b"x"])
+    message = HeaderWriter(0).message((2, None, Atom("to")), [Atom("to"), b"x"])
     assert terms_of(reader.receive(frame_of(message.frame()))) == [(2, None, Atom("to")), [Atom("to"), b"x"]]
 
 
 def test_atoms_beyond_the_255th_of_a_message_are_sent_in_full(reader: HeaderReader) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     term = atoms_named("atom_", range(300)) * 2
     for _ in range(2):
         frame = frame_of(writer.message(term).frame())
@@ -100,13 +115,13 @@ def test_atoms_beyond_the_255th_of_a_message_are_sent_in_full(reader: HeaderRead
 
 @pytest.mark.parametrize("size", [1, 2, 254, 255])
 def test_flags_are_packed_for_odd_and_even_counts(reader: HeaderReader, size: int) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     for term in (atoms_named("a", range(size)), (*atoms_named("a", range(size - 1)), Atom("é" * 255))):
         assert terms_of(reader.receive(frame_of(writer.message(term).frame()))) == [term]
 
 
 def test_the_cache_replaces_atoms_when_it_is_full(reader: HeaderReader) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     for start in (*range(0, 3 * CACHE_SIZE, 200), 0, 100, CACHE_SIZE - 100, 2 * CACHE_SIZE - 50):
         term = atoms_named("cached_", range(start, start + 250))
         assert terms_of(reader.receive(frame_of(writer.message(term).frame()))) == [term]
@@ -114,7 +129,7 @@ def test_the_cache_replaces_atoms_when_it_is_full(reader: HeaderReader) -> None:
 
 def test_a_message_never_uses_one_place_for_two_atoms(reader: HeaderReader) -> None:
     """An atom of the message may stand where the round of replacements arrives while the message is being written."""
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     for start in range(0, CACHE_SIZE, 128):
         reader.receive(frame_of(writer.message(atoms_named("old_", range(start, start + 128))).frame()))
     mixed = (*atoms_named("new_", range(100)), *atoms_named("old_", range(100)))
@@ -124,7 +139,7 @@ def test_a_message_never_uses_one_place_for_two_atoms(reader: HeaderReader) -> N
 
 
 def test_a_message_that_cannot_be_encoded_leaves_the_cache_alone(reader: HeaderReader) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     with pytest.raises(EncodeError):
         writer.message((Atom("never_sent"), object()))
     frame = frame_of(writer.message(Atom("never_sent")).frame())
@@ -159,7 +174,7 @@ def test_the_control_message_is_never_cut(reader: HeaderReader) -> None:
 
 
 def test_atoms_of_a_first_fragment_are_known_before_its_message_is_complete(reader: HeaderReader) -> None:
-    writer = HeaderWriter()
+    writer = HeaderWriter(0)
     first, *others = writer.message((1, Atom("early")), bytes(300)).fragments(1, 100)
     small = writer.message((Atom("early"), Atom("late")))
     assert reader.receive(frame_of(first)) is None
@@ -172,7 +187,7 @@ class Conversation(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.writer = HeaderWriter()
+        self.writer = HeaderWriter(8)
         self.reader = HeaderReader(AtomTable())
         self.sequence_ids = count(1)
         self.under_way: list[tuple[list[Term], deque[bytes]]] = []
@@ -228,6 +243,167 @@ class Conversation(RuleBasedStateMachine):
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+
+
+# Passing on
+
+
+def relayed(message: Message | None, levels: int = 2) -> Term:
+    """What a relay knows of the payload of a message."""
+    assert message is not None
+    _, pos = decode_term(message.data, message.pos, AtomTable(), message.atoms)
+    return decode_spine(message.data, pos, levels, AtomTable(), message.atoms)
+
+
+def last_of(spine: Term) -> EncodedTerm:
+    while type(spine) is tuple:
+        spine = spine[-1]
+    assert type(spine) is EncodedTerm
+    return spine
+
+
+def test_a_term_is_passed_on_as_it_came(reader: HeaderReader) -> None:
+    store, gate = HeaderWriter(0), HeaderWriter()
+    arriving = HeaderReader(AtomTable())
+    reply = (Atom("tag"), (Atom("ok"), [{Atom("kind"): Atom("thing"), Atom("long " * 50): True}] * 3))
+    for number in range(3):
+        spine = relayed(arriving.receive(frame_of(store.message((number, Atom("worker")), reply).frame())))
+        came = last_of(spine).data
+        assert b"thing" not in came
+        frame = frame_of(gate.message(CONTROL, (Atom("other tag"), spine[1])).frame())
+        assert frame.endswith(came)
+        assert frame.count(b"thing") == (number == 0)
+        assert terms_of(reader.receive(frame)) == [CONTROL, (Atom("other tag"), reply[1])]
+
+
+def test_a_term_with_255_atoms_is_passed_on_as_it_came(reader: HeaderReader) -> None:
+    term = EncodedTerm(
+        b"l\0\0\0\xff" + b"".join(b"R%c" % index for index in range(255)) + b"j", atoms=atoms_named("a", range(255))
+    )
+    frame = frame_of(HeaderWriter().message(CONTROL, (Atom("a7"), term)).frame())
+    assert frame.endswith(term.data)
+    assert terms_of(reader.receive(frame)) == [CONTROL, (Atom("a7"), list(term.atoms))]
+
+
+def test_of_two_terms_with_their_own_atoms_the_second_is_rewritten(reader: HeaderReader) -> None:
+    one = EncodedTerm(b"h\2R\0R\1", atoms=(Atom("a"), Atom("b")))
+    other = EncodedTerm(b"h\2R\1R\0", atoms=(Atom("c"), Atom("a")))
+    frame = frame_of(HeaderWriter().message(CONTROL, [one, other, one]).frame())
+    a, b, c = Atom("a"), Atom("b"), Atom("c")
+    assert terms_of(reader.receive(frame)) == [CONTROL, [(a, b), (a, c), (a, b)]]
+    assert frame.count(one.data) == 2
+
+
+def test_a_term_in_the_middle_of_a_message_is_passed_on_as_it_came(reader: HeaderReader) -> None:
+    term = EncodedTerm(b"h\2R\0R\1", atoms=(Atom("a"), Atom("b")))
+    frame = frame_of(HeaderWriter().message(CONTROL, [Atom("b"), (Atom("x"), term), Atom("y")]).frame())
+    assert term.data in frame
+    expected = [Atom("b"), (Atom("x"), (Atom("a"), Atom("b"))), Atom("y")]
+    assert terms_of(reader.receive(frame)) == [CONTROL, expected]
+
+
+def test_the_atoms_of_what_is_passed_on_may_be_named_twice_or_be_true_false_and_nil(reader: HeaderReader) -> None:
+    writer = HeaderWriter(0)
+    atoms = (Atom("a"), True, Atom("a"), None, False, Atom("é" * 200), None, Atom("a"))
+    term = EncodedTerm(b"h\x08" + b"".join(b"R%c" % index for index in range(8)), atoms=atoms)
+    for message in ((Atom("a"), term), (Atom("a"), None, Atom("b"), term), (True, term), Atom("a"), term):
+        expected = (*message[:-1], atoms) if isinstance(message, tuple) else atoms if message is term else message
+        assert terms_of(reader.receive(frame_of(writer.message(message).frame()))) == [expected]
+
+
+def test_what_cannot_be_passed_on_leaves_the_cache_alone(reader: HeaderReader) -> None:
+    writer = HeaderWriter()
+    fine = EncodedTerm(b"R\0", atoms=(Atom("a"),))
+    with pytest.raises(EncodeError, match="passed on"):
+        writer.message(CONTROL, [fine, EncodedTerm(b"R\1", atoms=(Atom("b"),))])
+    frame = frame_of(writer.message(CONTROL, fine).frame())
+    assert frame.count(b"\x01a") == 1
+    assert terms_of(reader.receive(frame)) == [CONTROL, Atom("a")]
+
+
+class Relay(RuleBasedStateMachine):
+    """A relay between three peers: whatever the caches hold, a term arrives as it was sent, and later too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writers = [HeaderWriter(0) for _ in range(3)]
+        self.arriving = [HeaderReader(AtomTable()) for _ in range(3)]
+        self.leaving = [HeaderWriter(0), HeaderWriter(7), HeaderWriter()]
+        self.readers = [HeaderReader(AtomTable()) for _ in range(3)]
+        self.held: list[tuple[Term, Term]] = []
+        self.sequence_ids = count(1)
+
+    peers = st.integers(0, 2)
+    sizes = st.one_of(st.none(), st.integers(1, 900))
+    named = st.one_of(
+        st.integers(0, 2500).map(lambda number: Atom(f"atom {number}")),
+        st.sampled_from([True, False, None, Atom("é" * 255), Atom("x" * 255), Atom("")]),
+    )
+
+    def passed(self, writer: HeaderWriter, reader: HeaderReader, *terms: Term, size: int | None = None) -> Message:
+        """Send one message, whole or in fragments of this size."""
+        made = writer.message(*terms)
+        frames = [made.frame()] if size is None else list(made.fragments(next(self.sequence_ids), size))
+        *before, last = (reader.receive(frame_of(frame)) for frame in frames)
+        assert before == [None] * len(before)
+        assert last is not None
+        return last
+
+    @initialize(start=st.integers(0, 500))
+    def fill_the_caches(self, start: int) -> None:
+        """So that from now on every new atom replaces one that may be needed."""
+        for place in range(start, start + CACHE_SIZE, 250):
+            atoms = atoms_named("atom ", range(place, place + 250))
+            for writer, reader in zip(self.writers + self.leaving, self.arriving + self.readers, strict=True):
+                reader.receive(frame_of(writer.message(atoms).frame()))
+
+    @rule(of=peers, term=Conversation.terms, levels=st.integers(0, 3), size=sizes)
+    def arrive(self, of: int, term: Term, levels: int, size: int | None) -> None:
+        payload = (Atom("tag"), (Atom("ok"), [term]))
+        message = self.passed(self.writers[of], self.arriving[of], (of, Atom("to")), payload, size=size)
+        self.held.append((relayed(message, levels), payload))
+
+    @rule(named=st.lists(named, min_size=1, max_size=255))
+    def arrive_with_any_list(self, named: list[Term]) -> None:
+        data = b"l" + len(named).to_bytes(4, "big") + b"".join(b"R%c" % index for index in range(len(named))) + b"j"
+        self.held.append((EncodedTerm(data, atoms=tuple(named)), named))
+
+    @rule(
+        to=peers, before=Conversation.terms, which=st.integers(0, 1000), size=st.one_of(st.none(), st.integers(1, 900))
+    )
+    def pass_on(self, to: int, before: Term, which: int, size: int | None) -> None:
+        if not self.held:
+            return
+        term, expected = self.held[which % len(self.held)]
+        message = self.passed(self.leaving[to], self.readers[to], CONTROL, (before, term), size=size)
+        assert terms_of(message) == [CONTROL, (before, expected)]
+
+    @rule(to=peers, number=st.integers(2, 4), which=st.integers(0, 1000))
+    def pass_on_together(self, to: int, number: int, which: int) -> None:
+        if not self.held:
+            return
+        chosen = [self.held[(which + index) % len(self.held)] for index in range(number)]
+        message = self.passed(self.leaving[to], self.readers[to], (1, [term for term, _ in chosen]))
+        assert terms_of(message) == [(1, [expected for _, expected in chosen])]
+
+    @rule(to=peers, term=Conversation.terms)
+    def send_something_else(self, to: int, term: Term) -> None:
+        assert terms_of(self.passed(self.leaving[to], self.readers[to], (1, term))) == [(1, term)]
+
+    @rule(which=st.integers(0, 1000))
+    def write_down(self, which: int) -> None:
+        if self.held:
+            term, expected = self.held[which % len(self.held)]
+            assert encode_term(term) == encode_term(expected)
+
+    @rule(which=st.integers(0, 1000))
+    def let_go(self, which: int) -> None:
+        if self.held:
+            del self.held[which % len(self.held)]
+
+
+TestRelay = Relay.TestCase
+TestRelay.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
 # What a peer must not send
@@ -290,13 +466,13 @@ def test_incomplete_messages_are_bounded_in_size() -> None:
 def test_atoms_of_headers_count_against_the_peer() -> None:
     reader = HeaderReader(AtomTable(2))
     with pytest.raises(LimitExceeded, match="MAX_ATOMS_PER_PEER"):
-        reader.receive(frame_of(HeaderWriter().message(atoms_named("a", range(3))).frame()))
+        reader.receive(frame_of(HeaderWriter(0).message(atoms_named("a", range(3))).frame()))
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_garbled_frames_are_read_or_refused(data: st.DataObject) -> None:
-    writer, reader = HeaderWriter(), HeaderReader(AtomTable())
+    writer, reader = HeaderWriter(0), HeaderReader(AtomTable())
     frames: list[bytes] = []
     for number in range(4):
         message = writer.message((number, atom("ok"), *atoms_named("a", range(number * 3))), bytes(60))

@@ -23,13 +23,16 @@ from gater.erl.etf import (
     MAX_ATOMS_PER_PEER,
     MAX_DEPTH,
     MAX_IDENTITIES_KEPT,
+    AtomRefs,
     AtomTable,
     decode,
+    decode_encoded,
     decode_spine,
     decode_term,
     encode,
     encode_into,
     encode_term,
+    plain_bytes,
     skip_term,
     to_plain,
 )
@@ -109,7 +112,7 @@ def test_a_decoded_term_encodes_to_the_same_bytes(term: Term) -> None:
     assert encode(decode(data)) == data
 
 
-class AtomRefs(dict[Atom, bytes]):
+class Refs(AtomRefs):
     """Refers to the first 200 atoms of a message as a distribution header does."""
 
     def __init__(self) -> None:
@@ -126,7 +129,7 @@ class AtomRefs(dict[Atom, bytes]):
 @given(terms)
 @settings(max_examples=70, deadline=None)
 def test_a_message_with_an_atom_cache_decodes_and_becomes_plain(term: Term) -> None:
-    refs = AtomRefs()
+    refs = Refs()
     out = bytearray(b"header")
     encode_into(out, term, refs)
     data = bytes(out)
@@ -561,10 +564,16 @@ def test_the_spine_decodes_what_routing_needs_and_leaves_the_rest() -> None:
 def test_a_spine_stands_for_the_whole_term(term: Term, levels: int) -> None:
     data = encode_term(term)
     assert encode_term(decode_spine(data, 0, levels, AtomTable())) == data
-    refs = AtomRefs()
+    refs = Refs()
     out: list[bytes] = []
     encode_into(out, term, refs)
-    assert encode_term(decode_spine(b"".join(out), 0, levels, AtomTable(), refs.sent)) == data
+    spine = decode_spine(b"".join(out), 0, levels, AtomTable(), refs.sent)
+    assert encode_term(spine) == data
+    while type(spine) is tuple and spine:
+        spine, term = spine[-1], term[-1]
+    if type(spine) is EncodedTerm:
+        assert exact_equal(decode_encoded(spine), term)
+        assert plain_bytes(spine) == encode_term(term)
 
 
 @pytest.mark.parametrize("last", [True, Atom("ok"), 1, -5, 1 << 80, 2.5, b"x", [], Pid(NODE, 1, 2, 3), NODE])
@@ -574,9 +583,30 @@ def test_a_spine_that_ends_in_no_container_is_decoded(last: Term) -> None:
         decode_spine(encode_term((1, last)) + b"x", 0, 1, AtomTable())
 
 
-def test_bytes_after_a_spine_in_a_message_with_an_atom_cache_are_refused() -> None:
-    with pytest.raises(DecodeError, match="1 bytes follow"):
-        decode_spine(b"h\x01h\x01R\0x", 0, 1, AtomTable(), [NODE])
+def test_an_encoded_term_is_made_plain_once() -> None:
+    term = EncodedTerm(b"h\x02R\0R\1", atoms=(NODE, True))
+    assert plain_bytes(term) == encode_term((NODE, True))
+    assert plain_bytes(term) is plain_bytes(term)
+    plain = EncodedTerm(b"j")
+    assert plain_bytes(plain) is plain.data
+
+
+@pytest.mark.parametrize("data", [b"h\x01R\0x", b"h\x01R\1", b"h\x02R\0", b"\xff"])
+def test_what_was_not_read_is_checked_when_it_is_read_or_made_plain(data: bytes) -> None:
+    spine = decode_spine(b"h\x01l" + data, 0, 1, AtomTable(), [NODE])[0]
+    assert spine == EncodedTerm(b"l" + data, atoms=[NODE])
+    for term in (spine, EncodedTerm(data, atoms=[NODE])):
+        with pytest.raises(DecodeError):
+            decode_encoded(term)
+        with pytest.raises(EncodeError, match="passed on"):
+            encode_term((1, term))
+
+
+def test_encoded_terms_with_other_atoms_are_not_equal() -> None:
+    one, other = EncodedTerm(b"R\0", atoms=(NODE,)), EncodedTerm(b"R\0", atoms=(Atom("other"),))
+    assert one == EncodedTerm(b"R\0", atoms=(NODE,))
+    assert one != other
+    assert not exact_equal([one], [other])
 
 
 def test_a_spine_costs_no_more_when_the_rest_is_large() -> None:

@@ -84,7 +84,7 @@ class Gateway:
         if cookie is None or options is None:
             settings = Settings.load()
             cookie = settings.require_cookie() if cookie is None else cookie
-            options = NodeOptions(epmd_port=settings.epmd_port, headers=False) if options is None else options
+            options = NodeOptions(epmd_port=settings.epmd_port) if options is None else options
         node = make_node(name or _client_name(), cookie=cookie, options=options)
         discovery: Discovery | None = None
         try:

@@ -545,7 +545,7 @@ class _Call:
 def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:
     """A term that `etf.decode_spine` gave, with its last element decoded too."""
     if type(term) is EncodedTerm:
-        return etf.decode_term(term.data, 0, etf.AtomTable() if atoms is None else atoms)[0]
+        return etf.decode_encoded(term, atoms)
     if type(term) is tuple and term and type(term[-1]) is EncodedTerm:
         return (*term[:-1], decoded(term[-1], atoms))
     return term

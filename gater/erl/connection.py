@@ -11,6 +11,7 @@ States of a `Connection`: *connecting* (what is sent waits: its final form depen
 All frames of one loop turn leave in one write: sending only collects, the node flushes at the end of the turn. A
 message above `FRAGMENT_BYTES` goes out in fragments, between which others pass (`_Large` says which). When more than
 `BUSY_BYTES` wait for a peer, the processes that send to it are not run until that has gone down again, as in a BEAM.
+The rest of a large message holds only the process that has sent it: others' messages pass.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
@@ -165,7 +166,7 @@ class _Large:
 
     __slots__ = ("followers", "frames", "opcode", "sender", "size", "to")
 
-    def __init__(self, message: tuple[Term, ...], frames: Iterator[list[bytes]], size: int) -> None:
+    def __init__(self, message: tuple[Term, ...], frames: Iterator[list[bytes | memoryview]], size: int) -> None:
         self.frames = frames
         self.size = size
         self.followers: list[Callable[[], None]] = []
@@ -281,7 +282,7 @@ class Connection:
         self._op_send = control.OP_SEND_SENDER
         self._control_start = _FRAME_START
         self._sent_since_tick = False
-        self._out: list[bytes] = []
+        self._out: list[bytes | memoryview] = []
         self._out_bytes = 0
         self._waiting: list[Callable[[], None]] = []
         """While connecting: what has been sent, as what to do once the peer's flags are known."""
@@ -315,7 +316,7 @@ class Connection:
             else:
                 pieces: list[bytes] = [self._control_start]
                 etf.encode_into(pieces, message)
-                self._enqueue(pieces)
+                self._enqueue(pieces, sum(map(len, pieces)))
         elif self.state == "connecting":
             self._wait_with(lambda: self.send_control(message, needs), 0)
 
@@ -337,13 +338,13 @@ class Connection:
                 if made.size > FRAGMENT_BYTES and self.flags & FRAGMENTS:
                     self._begin_large(message, made)
                 else:
-                    self._enqueue(made.frame())
+                    self._enqueue(made.frame(), made.size)
             else:
                 pieces: list[bytes] = [_FRAME_START]
                 etf.encode_into(pieces, message)
                 pieces.append(_PAYLOAD_START)
                 etf.encode_into(pieces, payload)
-                self._enqueue(pieces)
+                self._enqueue(pieces, sum(map(len, pieces)))
         elif self.state == "connecting":
             kept = EncodedTerm(etf.encode_term(payload))
             self._wait_with(lambda: self.send_message(message, kept, needs), len(kept.data))
@@ -360,7 +361,8 @@ class Connection:
         self._sequence_id += 1
         frames = made.fragments(self._sequence_id)
         # The first one carries the header, which must leave before that of any later message.
-        self._enqueue(next(frames))
+        first = next(frames)
+        self._enqueue(first, sum(map(len, first)))
         self._large.append(_Large(message, frames, made.size))
         self._large_bytes += made.size
         if self._large_bytes > BUSY_BYTES:
@@ -392,8 +394,7 @@ class Connection:
         elif self._out_bytes > BUSY_BYTES:
             self.busy = True
 
-    def _enqueue(self, pieces: list[bytes]) -> None:
-        size = sum(map(len, pieces))
+    def _enqueue(self, pieces: Sequence[bytes | memoryview], size: int) -> None:
         out = self._out
         out.append(_pack_length(size))
         out += pieces
@@ -448,15 +449,28 @@ class Connection:
 
     def _look_at_backlog(self) -> None:
         """Whether those who send to this peer have to wait, or need not any more."""
-        protocol = self.protocol
-        waits = self._out_bytes + self._large_bytes
-        if protocol is not None and protocol.transport is not None:
-            waits += protocol.transport.get_write_buffer_size()
+        in_front = self._in_front()
+        waits = in_front + self._large_bytes
         self.busy = waits > BUSY_BYTES
         if waits > MAX_QUEUED_BYTES:
             self.abort(f"peer does not read: MAX_QUEUED_BYTES allows {MAX_QUEUED_BYTES} to wait for it")
         elif not self.busy:
             self._release()
+        elif self._held and in_front <= BUSY_BYTES:
+            for process in [process for process in self._held if not self._has_large(process)]:
+                self._held.remove(process)
+                process.release()
+
+    def _in_front(self) -> int:
+        """The bytes that a message sent now cannot pass."""
+        protocol = self.protocol
+        if protocol is None or protocol.transport is None:
+            return self._out_bytes
+        return self._out_bytes + protocol.transport.get_write_buffer_size()
+
+    def _has_large(self, process: Process) -> bool:
+        """Whether a large message of this process is under way."""
+        return any(large.sender == process.pid for large in self._large)
 
     def _release(self) -> None:
         self.busy = False
@@ -469,8 +483,8 @@ class Connection:
             process.release()
 
     def hold(self, process: Process) -> None:
-        """`process` has sent to this busy peer: it is not run until the peer has caught up."""
-        if process not in self._held:
+        """`process` has sent to this busy peer: it is not run until the peer has caught up with what it cannot pass."""
+        if process not in self._held and (self._in_front() > BUSY_BYTES or self._has_large(process)):
             self._held.add(process)
             process.hold()
 

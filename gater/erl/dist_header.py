@@ -12,8 +12,7 @@ Theory of operation
 what stands where and says so, the receiver only follows. A message begins with a header that lists the atoms the
 message refers to, at most 255. Each is named by its place in the cache (8 segments of 256), and by its text if it is
 put there now, replacing what stood there. In the terms, `ATOM_CACHE_REF n` is the n-th atom of this list, so a term
-cannot be read without its header, nor passed on (`etf.to_plain` makes it independent). Atoms beyond the 255th stand in
-the term in full.
+cannot be read without its header. Atoms beyond the 255th stand in the term in full.
 
     131, 68, count, flags (half a byte per atom and one more, rounded up), one entry per atom, terms
     flag of an atom:  bit 3: the atom is new; bits 0-2: segment
@@ -31,6 +30,28 @@ several messages may be interleaved. They are told apart by a sequence id and co
     131, 70, sequence id, fragment id, next bytes of the terms
 
 The control message is never cut. What has come of incomplete messages is bounded in number and size.
+
+*Writing.* Listing an atom costs more time than writing the few bytes of a short one, and a small message names few
+atoms twice. So what a message begins with stands in full (`FULL_PIECES`; a BEAM reads either), and only a longer one
+makes use of the cache. While it is made, its list is
+
+- *empty*: nothing has been listed. A term that is passed on makes it *taken over*, a container beyond `FULL_PIECES`
+- *its own*: atoms in the order in which they occur, up to 255.
+
+*Passing on.* A relay leaves a term encoded (`etf.decode_spine`) and keeps with it the list of its header, as atoms, not
+as places: both caches may change before it is sent on (`EncodedTerm.atoms`). The message that carries it on
+
+- *takes over* that list if its own is empty: it begins with that one, entry for entry, so the references in it hold and
+  the bytes go as they came. What follows is found in the list or listed behind it.
+
+Where a list has been begun otherwise (two such terms in one message, one far behind in a long message), for a peer
+without headers, and where the term leaves by itself, it is rewritten with its atoms in full (`etf.plain_bytes`).
+
+What is to be heeded: a list taken over may name an atom twice (a BEAM's does not), may name `true`, `false` and `nil`,
+and may be full. Each entry has a place of the cache for itself within a message: an atom that stands at a place which
+this message has already used, be it by being named before or by having just been replaced there, is put at another one,
+of which there are 2,048 for 255. A reference in a garbled term that points behind its list finds another atom of the
+message or ends the connection: nothing else than what its sender could have written.
 """
 
 from __future__ import annotations
@@ -40,13 +61,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from gater.erl.errors import DecodeError, LimitExceeded, RemoteProtocolError
-from gater.erl.etf import AtomTable, encode_into
-from gater.erl.terms import Atom, Term
+from gater.erl.etf import AtomRefs, AtomTable, encode_into, plain_bytes
+from gater.erl.terms import Atom, EncodedTerm, Term, atom_bytes
 
 __all__ = [
     "CACHE_SIZE",
     "FRAGMENT_BYTES",
+    "FULL_PIECES",
     "MAX_ATOMS_PER_MESSAGE",
+    "MAX_KNOWN_LISTS",
     "MAX_MESSAGE_BYTES",
     "MAX_OPEN_BYTES",
     "MAX_OPEN_SEQUENCES",
@@ -75,11 +98,24 @@ MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 MAX_OPEN_BYTES: Final = 512 * 1024 * 1024
 """What the incomplete messages of one peer may hold together: two of the largest, or many large ones."""
 
+FULL_PIECES: Final = 100
+"""Pieces (an atom, a number, the head of a tuple: each is one) that a message begins with before it makes use of the
+atom cache. A call to a server and most answers have fewer: with the cache they would be 100 bytes shorter and take
+three times as long to make. A list of ten maps with ten keys has more."""
+
+MAX_KNOWN_LISTS: Final = 64
+"""Lists of atoms of a peer that are kept as they came. Its traffic consists of a few kinds of messages; no list holds
+more than 255 atoms."""
+
+_SMALL_PIECE_BYTES: Final = 4096
+"""Fragments below this size are gathered in one buffer."""
+
 _FRAGMENT: Final = struct.Struct(">BBQQ")
 _FIRST_FRAGMENT_SIZE: Final = _FRAGMENT.size
 _unpack_ids: Final = struct.Struct(">QQ").unpack_from
 
 _EMPTY: Final = object()
+_NO_ATOMS: Final = b"\x83D\0"
 _REFS: Final = tuple(bytes((82, index)) for index in range(MAX_ATOMS_PER_MESSAGE))
 
 
@@ -101,14 +137,30 @@ class Message:
 
 
 class _Sequence:
-    """A message of which fragments are missing: the next one must have the id `next_id`."""
+    """A message of which fragments are missing: the next one must have the id `next_id`.
 
-    __slots__ = ("atoms", "data", "next_id")
+    What has come of it is copied once, when it is complete; only small pieces are gathered, for an object weighs more
+    than a few bytes.
+    """
 
-    def __init__(self, atoms: Sequence[Term], data: bytes, next_id: int) -> None:
+    __slots__ = ("atoms", "next_id", "pieces", "size")
+
+    def __init__(self, atoms: Sequence[Term], next_id: int) -> None:
         self.atoms = atoms
-        self.data = bytearray(data)
         self.next_id = next_id
+        self.size = 0
+        self.pieces: list[bytearray | memoryview] = []
+
+    def add(self, piece: memoryview) -> None:
+        """Take the next bytes."""
+        pieces = self.pieces
+        self.size += len(piece)
+        if len(piece) >= _SMALL_PIECE_BYTES:
+            pieces.append(piece)
+        elif pieces and type(pieces[-1]) is bytearray and len(pieces[-1]) < _SMALL_PIECE_BYTES:
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
 
 
 class HeaderReader:
@@ -124,6 +176,8 @@ class HeaderReader:
     ) -> None:
         self._atom_table = atom_table
         self._cache: list[Term] = [_EMPTY] * CACHE_SIZE
+        self._known: dict[bytes, Sequence[Term]] = {}
+        """Lists without a new atom, by their bytes; they hold until an atom is put into the cache."""
         self._sequences: dict[int, _Sequence] = {}
         self._max_open_sequences = max_open_sequences
         self._max_message_bytes = max_message_bytes
@@ -163,16 +217,23 @@ class HeaderReader:
         pos += 1
         if not count:
             return (), pos
+        end = pos + (count >> 1) + 1 + count
+        encoded_list = frame[pos - 1 : end]
+        known = self._known.get(encoded_list)
+        if known is not None:
+            return known, end
         flags = frame[pos : pos + (count >> 1) + 1]
         pos += (count >> 1) + 1
         long_atoms = flags[count >> 1] >> ((count & 1) << 2) & 1
         cache = self._cache
         atoms: list[Term] = []
+        has_new = False
         for index in range(count):
             flag = flags[index >> 1] >> ((index & 1) << 2)
             place = (flag & 7) << 8 | frame[pos]
             pos += 1
             if flag & 8:
+                has_new = True
                 if long_atoms:
                     start = pos + 2
                     end = start + (frame[pos] << 8 | frame[pos + 1])
@@ -187,7 +248,12 @@ class HeaderReader:
                 if atom is _EMPTY:
                     raise DecodeError(f"a header refers to place {place} of the atom cache, where no atom was put")
             atoms.append(atom)
-        return atoms, pos
+        listed = tuple(atoms)
+        if has_new or len(self._known) >= MAX_KNOWN_LISTS:
+            self._known.clear()
+        if not has_new:
+            self._known[encoded_list] = listed
+        return listed, pos
 
     def _first_fragment(self, frame: bytes) -> Message | None:
         sequence_id, fragment_id = _unpack_ids(frame, 2)
@@ -203,7 +269,8 @@ class HeaderReader:
         if len(self._sequences) >= self._max_open_sequences:
             raise LimitExceeded("MAX_OPEN_SEQUENCES", self._max_open_sequences)
         self._count(len(frame) - pos, 0)
-        self._sequences[sequence_id] = _Sequence(atoms, frame[pos:], fragment_id - 1)
+        sequence = self._sequences[sequence_id] = _Sequence(atoms, fragment_id - 1)
+        sequence.add(memoryview(frame)[pos:])
         return None
 
     def _next_fragment(self, frame: bytes) -> Message | None:
@@ -215,14 +282,14 @@ class HeaderReader:
             raise RemoteProtocolError(
                 f"fragment {fragment_id} of sequence {sequence_id} came where {sequence.next_id} was due"
             )
-        self._count(len(frame) - _FIRST_FRAGMENT_SIZE, len(sequence.data))
-        sequence.data += memoryview(frame)[_FIRST_FRAGMENT_SIZE:]
+        self._count(len(frame) - _FIRST_FRAGMENT_SIZE, sequence.size)
+        sequence.add(memoryview(frame)[_FIRST_FRAGMENT_SIZE:])
         if fragment_id > 1:
             sequence.next_id -= 1
             return None
         del self._sequences[sequence_id]
-        self.open_bytes -= len(sequence.data)
-        return Message(bytes(sequence.data), 0, sequence.atoms)
+        self.open_bytes -= sequence.size
+        return Message(b"".join(sequence.pieces), 0, sequence.atoms)
 
     def _count(self, more: int, already: int) -> None:
         if already + more > self._max_message_bytes:
@@ -232,20 +299,21 @@ class HeaderReader:
             raise LimitExceeded("MAX_OPEN_BYTES", self._max_open_bytes, self.open_bytes)
 
 
-class _MessageAtoms(dict[Atom, bytes]):
+class _MessageAtoms(AtomRefs):
     """How the atoms of one message are written (`encode_into` asks): a reference, or in full once 255 are listed.
 
     The writer's cache is only read here. It changes when the message is complete, so that a term that cannot be
     encoded leaves it as the peer knows it.
     """
 
-    __slots__ = ("_hand", "_places", "listed", "used")
+    __slots__ = ("_hand", "_places", "_taken_over", "listed", "used")
 
-    def __init__(self, places: dict[Atom, int], hand: int) -> None:
+    def __init__(self, places: dict[bytes, int], hand: int) -> None:
         super().__init__()
         self._places = places
         self._hand = hand
-        self.listed: list[tuple[Atom, int, bool]] = []
+        self._taken_over: Sequence[Term] = ()
+        self.listed: list[tuple[bytes, int, bool]] = []
         self.used: set[int] = set()
 
     def __missing__(self, item: Atom) -> bytes:
@@ -253,7 +321,12 @@ class _MessageAtoms(dict[Atom, bytes]):
         if index == MAX_ATOMS_PER_MESSAGE:
             self[item] = item.etf
             return item.etf
-        place = self._places.get(item)
+        self._list(item.etf)
+        reference = self[item] = _REFS[index]
+        return reference
+
+    def _list(self, encoded: bytes) -> None:
+        place = self._places.get(encoded)
         is_new = place is None or place in self.used
         if place is None or is_new:
             # Of 2,048 places at most 254 are used by this message.
@@ -262,9 +335,19 @@ class _MessageAtoms(dict[Atom, bytes]):
                 place = (place + 1) % CACHE_SIZE
             self._hand = (place + 1) % CACHE_SIZE
         self.used.add(place)
-        self.listed.append((item, place, is_new))
-        reference = self[item] = _REFS[index]
-        return reference
+        self.listed.append((encoded, place, is_new))
+
+    def passed_on(self, term: EncodedTerm) -> bytes:
+        """The term as it came, if the list of this message begins with its atoms or can."""
+        if term.atoms is not self._taken_over:
+            if self.listed or len(term.atoms) > MAX_ATOMS_PER_MESSAGE:
+                return plain_bytes(term)
+            self._taken_over = term.atoms
+            for index, item in enumerate(term.atoms):
+                self._list(atom_bytes(item))
+                if type(item) is Atom:
+                    self.setdefault(item, _REFS[index])
+        return term.data
 
     @property
     def hand(self) -> int:
@@ -273,45 +356,49 @@ class _MessageAtoms(dict[Atom, bytes]):
 
 
 class OutgoingMessage:
-    """A message made by `HeaderWriter.message`: its header and the pieces of its terms."""
+    """A message made by `HeaderWriter.message`: the pieces of one frame.
 
-    __slots__ = ("_atoms", "_control", "_payload", "size")
+    The first piece is `131, 68` and the list of atoms, then comes the control message, from `payload_at` on the
+    payload.
+    """
 
-    def __init__(self, atoms: bytes, control: bytes, payload: list[bytes]) -> None:
-        self._atoms = atoms
-        self._control = control
-        self._payload = payload
-        self.size = len(atoms) + len(control) + sum(map(len, payload))
-        """Bytes of the message without the two or eighteen that begin a frame."""
+    __slots__ = ("_payload_at", "_pieces", "size")
+
+    def __init__(self, pieces: list[bytes], payload_at: int) -> None:
+        self._pieces = pieces
+        self._payload_at = payload_at
+        self.size = sum(map(len, pieces))
+        """Bytes of the message as one frame."""
 
     def frame(self) -> list[bytes]:
         """The whole message as the pieces of one frame (`131, 68, ..`)."""
-        return [b"\x83D", self._atoms, self._control, *self._payload]
+        return self._pieces
 
-    def fragments(self, sequence_id: int, fragment_bytes: int = FRAGMENT_BYTES) -> Iterator[list[bytes]]:
+    def fragments(self, sequence_id: int, fragment_bytes: int = FRAGMENT_BYTES) -> Iterator[list[bytes | memoryview]]:
         """The message as frames of about `fragment_bytes` (always more, if the control message alone is larger).
 
         `sequence_id` (64 bits) must differ from that of any message of this connection that is under way. The first
         frame carries the header and must leave before any message made later; between the others, frames of
         other messages may leave.
         """
-        cuts = self._cut(max(fragment_bytes, 1))
+        beginning: list[bytes | memoryview] = [self._pieces[0][2:], *self._pieces[1 : self._payload_at]]
+        cuts = self._cut(max(fragment_bytes, 1), sum(map(len, beginning)))
         total = len(cuts)
         for index, pieces in enumerate(cuts):
             start = _FRAGMENT.pack(131, 70 if index else 69, sequence_id, total - index)
-            yield [start, *pieces] if index else [start, self._atoms, self._control, *pieces]
+            yield [start, *pieces] if index else [start, *beginning, *pieces]
 
-    def _cut(self, fragment_bytes: int) -> list[list[bytes]]:
-        """The payload in pieces of pieces; the first leaves room for header and control message."""
-        room = fragment_bytes - len(self._atoms) - len(self._control)
-        cuts: list[list[bytes]] = [[]]
-        for piece in self._payload:
+    def _cut(self, fragment_bytes: int, taken: int) -> list[list[bytes | memoryview]]:
+        """The payload in pieces of pieces; of the first fragment `taken` bytes are."""
+        room = fragment_bytes - taken
+        cuts: list[list[bytes | memoryview]] = [[]]
+        for piece in self._pieces[self._payload_at :]:
             pos = 0
             while pos < len(piece):
                 if room <= 0:
                     cuts.append([])
                     room = fragment_bytes
-                part = piece if not pos and len(piece) <= room else piece[pos : pos + room]
+                part = piece if not pos and len(piece) <= room else memoryview(piece)[pos : pos + room]
                 cuts[-1].append(part)
                 pos += len(part)
                 room -= len(part)
@@ -319,12 +406,16 @@ class OutgoingMessage:
 
 
 class HeaderWriter:
-    """The sending side of one connection."""
+    """The sending side of one connection. How many pieces of a message stand in full is changed in tests only."""
 
-    def __init__(self) -> None:
-        self._places: dict[Atom, int] = {}
-        self._cache: list[Atom | None] = [None] * CACHE_SIZE
+    def __init__(self, full_pieces: int = FULL_PIECES) -> None:
+        self._full_pieces = full_pieces
+        self._places: dict[bytes, int] = {}
+        self._cache: list[bytes] = [b""] * CACHE_SIZE
+        """What the peer holds: encoded atoms, and `b""` where it has been sent none."""
         self._hand = 0
+        self._atoms = _MessageAtoms(self._places, 0)
+        """Of the next message that lists any."""
 
     def message(self, control: Term, *payload: Term) -> OutgoingMessage:
         """Make a message of a control message and its payload, if it has one.
@@ -332,39 +423,43 @@ class HeaderWriter:
         Its frame (or first fragment) must leave before that of any message made later. Raises `EncodeError`; then
         nothing has changed.
         """
-        atoms = _MessageAtoms(self._places, self._hand)
-        control_pieces: list[bytes] = []
-        encode_into(control_pieces, control, atoms)
-        pieces: list[bytes] = []
-        for term in payload:
-            encode_into(pieces, term, atoms)
-        return OutgoingMessage(self._header(atoms), b"".join(control_pieces), pieces)
+        atoms = self._atoms
+        pieces = [_NO_ATOMS]
+        try:
+            encode_into(pieces, control, atoms, self._full_pieces)
+            payload_at = len(pieces)
+            for term in payload:
+                encode_into(pieces, term, atoms, self._full_pieces)
+            if atoms.listed:
+                pieces[0] = self._header(atoms)
+        finally:
+            if atoms.listed:
+                self._atoms = _MessageAtoms(self._places, self._hand)
+        return OutgoingMessage(pieces, payload_at)
 
     def _header(self, atoms: _MessageAtoms) -> bytes:
-        """Count, flags and entries for the atoms of a message, which now are in the cache."""
+        """The first piece of a message that lists these atoms, which now are in the cache."""
         listed = atoms.listed
         count = len(listed)
-        if not count:
-            return b"\0"
         self._hand = atoms.hand
         flags = bytearray((count >> 1) + 1)
-        long_atoms = any(is_new and item.etf[0] == 118 for item, _, is_new in listed)
+        long_atoms = any(is_new and encoded[0] == 118 for encoded, _, is_new in listed)
         if long_atoms:
             flags[count >> 1] |= 1 << ((count & 1) << 2)
-        entries: list[bytes | bytearray] = [bytes((count,)), flags]
-        for index, (item, place, is_new) in enumerate(listed):
+        entries: list[bytes | bytearray] = [b"\x83D%c" % count, flags]
+        for index, (encoded, place, is_new) in enumerate(listed):
             flags[index >> 1] |= (place >> 8 | (8 if is_new else 0)) << ((index & 1) << 2)
             entries.append(bytes((place & 255,)))
             if is_new:
                 # An encoded atom is its tag, then length and text as the header wants them.
-                short = item.etf[0] == 119
-                entries.append(b"\0" + item.etf[1:] if short and long_atoms else item.etf[1:])
-                self._put(item, place)
+                short = encoded[0] == 119
+                entries.append(b"\0" + encoded[1:] if short and long_atoms else encoded[1:])
+                self._put(encoded, place)
         return b"".join(entries)
 
-    def _put(self, item: Atom, place: int) -> None:
+    def _put(self, encoded: bytes, place: int) -> None:
         replaced = self._cache[place]
-        if replaced is not None and self._places.get(replaced) == place:
+        if self._places.get(replaced) == place:
             del self._places[replaced]
-        self._cache[place] = item
-        self._places[item] = place
+        self._cache[place] = encoded
+        self._places[encoded] = place

@@ -24,7 +24,7 @@ from math import isfinite
 from types import FunctionType
 from typing import Final
 
-from gater.erl.errors import DecodeError, EncodeError, LimitExceeded
+from gater.erl.errors import DecodeError, EncodeError, LimitExceeded, RemoteProtocolError
 from gater.erl.terms import (
     MAX_ATOM_CHARACTERS,
     MAX_DEPTH,
@@ -54,14 +54,17 @@ __all__ = [
     "MAX_KEYS_OF_ONE_HASH",
     "MAX_TERM_BYTES",
     "VERSION",
+    "AtomRefs",
     "AtomTable",
     "decode",
+    "decode_encoded",
     "decode_spine",
     "decode_term",
     "encode",
     "encode_into",
     "encode_term",
     "fun_creator",
+    "plain_bytes",
     "skip_term",
     "to_plain",
 ]
@@ -356,6 +359,10 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
                     end = pos + 15 + data[pos + 2] if tag == 119 else pos + 16 + data[pos + 3]
                     elements.append(atoms[data[pos:end]])
                     pos = end
+                elif tag == 82:
+                    end = pos + 15
+                    elements.append(atoms[b"X%b%b" % (atom_bytes(cache[data[pos + 2]]), data[pos + 3 : end])])
+                    pos = end
                 else:
                     term, pos = _pid(data, pos + 1, atoms, cache)
                     elements.append(term)
@@ -364,6 +371,11 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
                 if tag == 119 or tag == 100:
                     end = (pos + 9 + data[pos + 4] if tag == 119 else pos + 10 + data[pos + 5]) + 4 * data[pos + 2]
                     elements.append(atoms[data[pos:end]])
+                    pos = end
+                elif tag == 82:
+                    end = pos + 9 + 4 * data[pos + 2]
+                    node = atom_bytes(cache[data[pos + 4]])
+                    elements.append(atoms[b"Z%b%b%b" % (data[pos + 1 : pos + 3], node, data[pos + 5 : end])])
                     pos = end
                 else:
                     term, pos = _reference(data, pos + 1, atoms, cache)
@@ -851,8 +863,8 @@ def decode_spine(
     """The term from `pos` to the end of `data`, decoded only where a relay looks: along its first elements.
 
     Of a tuple, all elements but the last are decoded whole and the last with one level less; at level 0 a container
-    becomes an `EncodedTerm` of the rest of the buffer (made plain if the message has an atom cache), anything else is
-    decoded. `{Ref, {ok, [Event, ..]}}` with two levels gives `(ref, (ok, EncodedTerm))` at the cost of the reference.
+    becomes an `EncodedTerm` of the rest of the buffer with the message's atoms, anything else is decoded.
+    `{Ref, {ok, [Event, ..]}}` with two levels gives `(ref, (ok, EncodedTerm))` at the cost of the reference.
 
     That the rest is one whole term is not checked: `skip_term` does. Raises `DecodeError` and `LimitExceeded`.
     """
@@ -879,13 +891,8 @@ def decode_spine(
             levels -= 1
             tag = data[pos]
         if tag in _LAZY:
-            if cache:
-                pieces: list[bytes] = []
-                end = _walk(data, pos, cache, pieces, MAX_ELEMENTS)
-                term: Term = EncodedTerm(b"".join(pieces))
-            else:
-                end = len(data)
-                term = EncodedTerm(data, pos)
+            end = len(data)
+            term: Term = EncodedTerm(data, pos, cache)
         else:
             (term,), end = _decode(data, pos, atoms, cache, 1)
         if end != len(data):
@@ -901,6 +908,34 @@ def decode_spine(
 
 _LAZY: Final = frozenset({104, 105, 107, 108, 112, 116, 117})
 """Tags of containers, strings and funs: what `decode_spine` leaves encoded."""
+
+
+def decode_encoded(term: EncodedTerm, atoms: AtomTable | None = None) -> Term:
+    """What an `EncodedTerm` stands for. Raises `DecodeError` (also when bytes follow the term) and `LimitExceeded`."""
+    buffer = term.buffer
+    decoded, end = decode_term(buffer, term.start, AtomTable() if atoms is None else atoms, term.atoms)
+    if end != len(buffer):
+        raise DecodeError(f"{len(buffer) - end} bytes follow the term")
+    return decoded
+
+
+def plain_bytes(term: EncodedTerm) -> bytes:
+    """The bytes of an `EncodedTerm` as they are where its atoms are not at hand: each of them in full.
+
+    They are made once. Raises EncodeError if the term, which nobody has read so far, is none.
+    """
+    if not term.atoms:
+        return term.data
+    if term.plain is None:
+        pieces: list[bytes] = []
+        try:
+            end = _walk(term.data, 0, term.atoms, pieces, MAX_ELEMENTS)
+        except RemoteProtocolError as error:
+            raise EncodeError(f"what is to be passed on cannot be read: {error}") from error
+        if end != len(term.data):
+            raise EncodeError(f"{len(term.data) - end} bytes follow the term that is to be passed on")
+        term.plain = b"".join(pieces)
+    return term.plain
 
 
 def encode(term: Term, *, compressed: int = 0) -> bytes:
@@ -926,14 +961,26 @@ def encode_term(term: Term) -> bytes:
     return b"".join(pieces)
 
 
-def encode_into(out: list[bytes] | bytearray, term: Term, atom_refs: dict[Atom, bytes] | None = None) -> None:
+class AtomRefs(dict[Atom, bytes]):
+    """How the atoms of one message are written: `dist_header.py` gives references to its cache."""
+
+    __slots__ = ()
+
+    def passed_on(self, term: EncodedTerm) -> bytes:
+        """How a term that refers to the atoms of the header it came with is written."""
+        return plain_bytes(term)
+
+
+def encode_into(
+    out: list[bytes] | bytearray, term: Term, atom_refs: AtomRefs | None = None, full_pieces: int = 0
+) -> None:
     """Append `term` (no version byte) to `out`; large binaries are appended to a list as they are, not copied.
 
-    `atom_refs` says how an atom is written: `dist_header.py` gives references to its cache. On EncodeError `out` holds
-    a part of the term.
+    `atom_refs` says how atoms are written; without it, and in the first `full_pieces` pieces of `out`, they stand in
+    full. On EncodeError `out` holds a part of the term.
     """
     if isinstance(out, list):
-        _encode(out, term, atom_refs)
+        _encode(out, term, atom_refs, full_pieces)
     else:
         pieces: list[bytes] = []
         _encode(pieces, term, atom_refs)
@@ -952,16 +999,20 @@ _NIL_ATOM: Final = atom_bytes(None)
 _END_OF_LIST: Final[tuple[Term, ...]] = ([],)
 
 
-def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = None) -> None:
+def _encode(out: list[bytes], root: Term, atom_refs: AtomRefs | None = None, full_pieces: int = 0) -> None:
     """Append the pieces of `root` to `out`.
 
     `items` goes through the innermost open container, the others wait on the stack; a list ends with an empty list.
+    `atom_refs` wait until a container begins that goes beyond `full_pieces`, or a term is passed on that needs them.
     """
     items: Iterator[Term] = iter((root,))
     stack: list[Iterator[Term]] = []
     children: Iterable[Term]
     pack_tag_u32 = _pack_tag_u32
     has_text = False
+    waiting = atom_refs if full_pieces else None
+    if full_pieces:
+        atom_refs = None
     while True:
         for item in items:
             kind = type(item)
@@ -1016,19 +1067,28 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
             elif kind is bool:
                 out.append(_TRUE if item else _FALSE)
             elif kind is EncodedTerm:
-                out.append(item.data)
+                if not item.atoms:
+                    out.append(item.data)
+                    continue
+                if waiting is not None:
+                    atom_refs = waiting
+                    waiting = None
+                out.append(plain_bytes(item) if atom_refs is None else atom_refs.passed_on(item))
             elif kind is Port or kind is Export or kind is Fun or kind is BitString:
                 out.append(_opaque(item, kind, atom_refs))
             elif kind is ImproperList:
-                out.append(pack_tag_u32(108, len(item.elements)))
+                count = len(item.elements)
+                out.append(pack_tag_u32(108, count))
                 children = chain(item.elements, (item.tail,))
                 break
             elif kind is TermMap:
-                out.append(pack_tag_u32(116, len(item)))
+                count = len(item)
+                out.append(pack_tag_u32(116, count))
                 children = chain.from_iterable(item.pairs())
                 break
             else:
                 try:
+                    count = 1
                     children = (as_plain(item),)
                 except TypeError:
                     raise EncodeError(f"{kind.__name__} is no Erlang term{_where(root, item)}") from None
@@ -1043,6 +1103,9 @@ def _encode(out: list[bytes], root: Term, atom_refs: dict[Atom, bytes] | None = 
         stack.append(items)
         if len(stack) > MAX_DEPTH:
             raise EncodeError(f"containers nested deeper than MAX_DEPTH ({MAX_DEPTH}), or one that holds itself")
+        if waiting is not None and len(out) + count > full_pieces:
+            atom_refs = waiting
+            waiting = None
         items = iter(children)
 
 
@@ -1086,7 +1149,7 @@ def _identity_bytes(item: Term, kind: type) -> bytes:
     return encoded
 
 
-def _opaque(item: Term, kind: type, atom_refs: dict[Atom, bytes] | None) -> bytes:
+def _opaque(item: Term, kind: type, atom_refs: AtomRefs | None) -> bytes:
     """A pid, reference, port, export, fun or bitstring."""
     try:
         if kind is Pid:
@@ -1113,7 +1176,7 @@ def _opaque(item: Term, kind: type, atom_refs: dict[Atom, bytes] | None) -> byte
         raise EncodeError(f"{item!r} does not fit its encoding: {error}") from None
 
 
-def _node(term: Term, atom_refs: dict[Atom, bytes] | None) -> bytes:
+def _node(term: Term, atom_refs: AtomRefs | None) -> bytes:
     if atom_refs is not None and type(term) is Atom:
         return atom_refs[term]
     return atom_bytes(term)

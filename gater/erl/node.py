@@ -124,9 +124,8 @@ class NodeOptions:
     tls: NodeTls | None = None
     """Distribution over TLS (`-proto_dist inet_tls`), with all peers; None: plain TCP."""
     headers: bool = True
-    """Offer distribution headers: an atom cache, and fragments between which small messages pass. A node that passes on
-    much without looking at it (`spine_levels`) is faster without them: terms that refer to a cache have to be
-    rewritten."""
+    """Offer distribution headers: an atom cache, and fragments between which small messages pass. Without them large
+    messages hold up small ones, and a peer that has none gets what is passed on to it (`spine_levels`) rewritten."""
     cookies: dict[str, str] = field(default_factory=dict)
     """Cookies for single peers, by node name; all others share the node's own."""
 

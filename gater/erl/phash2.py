@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from gater.erl.errors import DecodeError
-from gater.erl.etf import AtomTable, decode_term
+from gater.erl.etf import AtomTable, decode_encoded, decode_term
 from gater.erl.terms import (
     Atom,
     BitString,
@@ -135,7 +135,7 @@ def _hash(root: Term) -> int:
         elif kind is Fun:
             hash = _fun(term, hash, stack)
         elif kind is EncodedTerm:
-            stack.append(decode_term(term.data, 0, AtomTable())[0])
+            stack.append(decode_encoded(term))
         else:
             stack.append(as_plain(term))
     return hash

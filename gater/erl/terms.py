@@ -20,7 +20,7 @@ Values are immutable and hashable where Erlang's are useful as keys. This module
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -269,15 +269,22 @@ class EncodedTerm:
     """A term that is still (or already) in the external term format, without the leading version byte 131.
 
     What a relay passes on is kept like this: it is neither decoded nor encoded again. The bytes from `start` to the end
-    of `buffer` must be exactly one term and must not refer to an atom cache.
+    of `buffer` must be exactly one term. `atoms` is what `ATOM_CACHE_REF n` in it stands for: the atoms listed in the
+    distribution header of the message that it came in, at most 255. Without them (`()`) it stands for itself;
+    `etf.plain_bytes` makes it so.
+
+    Equal are two of them with the same bytes and the same atoms. Terms that are equal may differ in both.
     """
 
-    __slots__ = ("buffer", "start")
+    __slots__ = ("atoms", "buffer", "plain", "start")
 
-    def __init__(self, buffer: bytes, start: int = 0) -> None:
+    def __init__(self, buffer: bytes, start: int = 0, atoms: Sequence[Term] = ()) -> None:
         self.buffer = buffer
         self.start = start
         """Where the term begins: for who reads it piece by piece without a copy of it."""
+        self.atoms = atoms
+        self.plain: bytes | None = None
+        """What `etf.plain_bytes` made of it."""
 
     @property
     def data(self) -> bytes:
@@ -288,7 +295,7 @@ class EncodedTerm:
         return self.buffer
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, EncodedTerm) and self.data == other.data
+        return isinstance(other, EncodedTerm) and self.data == other.data and self.atoms == other.atoms
 
     def __hash__(self) -> int:
         return hash(self.data)
@@ -477,7 +484,8 @@ def _canonical(root: Term, digests: dict[int, bytes] | None) -> bytes:
             elif opened is BitString:
                 out.append(b"B%d,%d:%b" % (item.bits_in_last_byte, len(item.data), item.data))
             elif opened is EncodedTerm:
-                out.append(b"e%d:%b" % (len(item.data), item.data))
+                out.append(b"e%d:%b%d:" % (len(item.data), item.data, len(item.atoms)))
+                out += map(atom_bytes, item.atoms)
             else:
                 opened, children = NoneType, (as_plain(item),)
                 break

@@ -153,7 +153,7 @@ def term_to_binary(root: Term, written: Format, *, sort_keys: bool = False) -> b
             elif kind in (Pid, Reference, Port, Export):
                 out.append(_named(item, written))
             elif kind is EncodedTerm:
-                children = (etf.decode(b"\x83" + item.data),)
+                children = (etf.decode_encoded(item),)
                 break
             elif isinstance(item, tuple | list | Mapping):
                 children = (as_plain(item),)
@@ -194,7 +194,7 @@ def _named(term: Term, written: Format) -> bytes:
     return b"".join(out)
 
 
-class _OldAtoms(dict[Atom, bytes]):
+class _OldAtoms(etf.AtomRefs):
     def __missing__(self, atom: Atom) -> bytes:
         return _atom(atom, Format.OTP_25)
 

@@ -25,7 +25,6 @@ from gater.erl.errors import (
     ErlangException,
     ErlError,
     NoProcess,
-    RemoteProtocolError,
 )
 from gater.erl.exports import run_exported
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, PendingCall, cast
@@ -554,10 +553,7 @@ def _node_of(to: Atom | Pid) -> Atom:
 def _decoded(term: Term) -> Term:
     """`term` with what `spine_levels` left encoded."""
     if type(term) is EncodedTerm:
-        decoded, end = etf.decode_term(term.data, 0, etf.AtomTable())
-        if end != len(term.data):
-            raise RemoteProtocolError(f"{len(term.data) - end} bytes follow the term")
-        return decoded
+        return etf.decode_encoded(term)
     if type(term) is tuple and term:
         last = _decoded(term[-1])
         return term if last is term[-1] else (*term[:-1], last)

@@ -36,11 +36,12 @@ class IncomingList:
     Raises `RemoteProtocolError` if they do not even begin as one.
     """
 
-    __slots__ = ("_at", "_atoms", "_data", "_left", "_next_window", "_on_bad", "_window")
+    __slots__ = ("_at", "_atoms", "_cache", "_data", "_left", "_next_window", "_on_bad", "_window")
 
     def __init__(self, encoded: EncodedTerm, atoms: etf.AtomTable, on_bad: Callable[[ErlError], object]) -> None:
         data, start = encoded.buffer, encoded.start
         self._data = data
+        self._cache = encoded.atoms
         self._atoms = atoms
         self._on_bad = on_bad
         self._left = 0
@@ -86,7 +87,7 @@ class IncomingList:
         size = _WINDOW_BYTES
         while True:
             try:
-                return etf.decode_term(self._window, self._at, self._atoms)
+                return etf.decode_term(self._window, self._at, self._atoms, self._cache)
             except ErlError:
                 # Cut off by the end of the window or, if that was all, by the sender.
                 if self._next_window >= len(self._data):
