@@ -28,7 +28,7 @@ from gater.api.subscriptions.door import Subscriptions
 from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
-from gater.cluster.monitor import Change, ClusterMonitor, NodeChanged
+from gater.cluster.monitor import Change, ClusterMonitor, StoreChanged
 from gater.cluster.strategy import DnsPoll, StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
 from gater.erl.errors import CallTimeout
@@ -155,7 +155,11 @@ class System:
         return Atom("ok")
 
     def _monitor_saw(self, change: Change) -> None:
-        if type(change) is NodeChanged and "suspect" in (change.before, change.after):
+        if isinstance(change, StoreChanged):
+            status = self.monitor.store(change.store)
+            assert status is not None
+            self.service.outsiders(change.store, status.outsiders)
+        elif "suspect" in (change.before, change.after):
             self.service.suspect(change.node, change.after == "suspect")
 
     def _no_quorum(self, store: Atom) -> Term | None:

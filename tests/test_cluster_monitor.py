@@ -391,6 +391,46 @@ def test_a_member_that_left_is_no_member_any_more_once_all_say_so() -> None:
     assert cluster.store.problem is None
 
 
+@pytest.mark.parametrize("says", [(A, B), (A, B, C), (C,)], ids=["the others'", "still a member", "alone"])
+def test_a_node_that_a_majority_does_not_hold_for_a_member_is_an_outsider(says: tuple[Atom, ...]) -> None:
+    """What is left of ExESDB 0.11 when a node is killed while it joins again after a restart."""
+    cluster = Cluster(A, B, C)
+    cluster.members = {A: (A, B), B: (A, B), C: says}
+    cluster.leader[C] = (STORE, C)
+    cluster.pass_time(REFRESH_S)
+    assert cluster.store == StoreStatus(STORE, A, (A, B), (A, B), None, outsiders=(C,))
+    cluster.pass_time(DIFFER_FOR_S + RECHECK_S)
+    assert cluster.store.has_quorum, "the others go on"
+    cluster.lose(B)
+    cluster.pass_time(MINORITY_AFTER_S)
+    assert cluster.store == StoreStatus(STORE, A, (A, B), (A,), "minority", outsiders=(C,)), "C counts for nothing"
+    cluster.do(cluster.state.connected(B, cluster.now))
+    cluster.members = dict.fromkeys((A, B, C), (A, B, C))
+    cluster.leader[C] = (STORE, A)
+    cluster.pass_time(REFRESH_S)
+    assert cluster.store == StoreStatus(STORE, A, (A, B, C), (A, B, C), None)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {A: (A,), B: (A, B)},
+        {A: (A,), B: (B,)},
+        {A: (A,), B: (A, B, C), C: (A, B, C)},
+        {A: (A, B), B: (A, B), C: (C, D), D: (C, D)},
+        {A: (A, B, C, D, E), B: (A, B, C, D, E), C: (C,)},
+    ],
+)
+def test_nobody_is_an_outsider_without_a_larger_majority_that_agrees(members: dict[Atom, tuple[Atom, ...]]) -> None:
+    """A node that was emptied and leads itself does not outvote one that holds the events."""
+    cluster = Cluster(*members)
+    cluster.members = {**members}
+    cluster.pass_time(REFRESH_S)
+    cluster.pass_time(DIFFER_FOR_S + RECHECK_S)
+    assert cluster.store.outsiders == ()
+    assert cluster.store.problem is not None
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -246,6 +246,21 @@ def test_a_suspect_node_gets_nothing_until_it_answers_again() -> None:
     assert router.owner(STORE, b"stream", NOW) is owner
 
 
+def test_a_node_that_is_no_member_of_the_store_is_not_asked_about_it() -> None:
+    other = Atom("other_store")
+    router = router_of(*(entry(node, 1) for node in range(3)), entry(0, 2, other))
+    owner, second, third = router.owners(STORE, b"stream")
+    router.outsiders(STORE, (owner,))
+    assert router.owners(STORE, b"stream") == [second, third]
+    assert set(router.nodes(STORE)) == {second, third}
+    assert router.owner(STORE, b"stream", NOW, avoid=(second, third)) is None
+    assert router.choose(other, b"stream", NOW) is not None
+    router.outsiders(STORE, (owner, second, third))
+    assert router.choose(STORE, b"stream", NOW) is None, "no answer is better than one of the past"
+    router.outsiders(STORE, ())
+    assert router.owner(STORE, b"stream", NOW) is owner
+
+
 def test_when_every_node_is_left_out_one_is_asked_all_the_same() -> None:
     router = router_of(entry(0, 1), entry(1, 1))
     for node in NODES[:2]:

@@ -114,6 +114,21 @@ async def test_a_read_whose_worker_dies_is_asked_of_another_one(house: House) ->
     assert first is not second
 
 
+async def test_a_node_that_is_no_member_of_the_store_gets_no_requests(tmp_path: Path) -> None:
+    async with open_house(tmp_path, 3, workers=1) as house:
+        first, second, outsider = (each.node for each in house.cluster.nodes)
+        members: list[Term] = [(STORE, first.name), (STORE, second.name)]
+        for node in (first, second, outsider):
+            node.exports.add("khepri_cluster", "members", lambda store, options: (OK, members))
+        monitor, router = house.system.monitor, house.system.service.router
+        for node in (first, second, outsider):
+            monitor.holds(node.name, [STORE])
+        await wait_until(lambda: set(router.nodes(STORE)) == {first.name, second.name}, "the outsider left out")
+        for number in range(20):
+            assert await house.version(b"stream-%d" % number) == (OK, -1)
+        assert outsider.name not in {worker.node.name for worker in house.cluster.asked("get_version")}
+
+
 async def test_a_read_is_given_up_when_every_worker_dies_of_it(house: House) -> None:
     house.cluster.always(crash_before, "get_streams")
     assert kind_of(await house.ask("get_streams", STORE)) in ("worker_died", "no_worker_available")

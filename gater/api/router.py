@@ -127,6 +127,7 @@ class Router:
         self._workers: dict[Term, Worker] = {}
         self._stores: dict[Atom | None, dict[Atom, list[Worker]]] = {}
         self._breakers: dict[Atom, Breaker] = {}
+        self._outsiders: dict[Atom, frozenset[Atom]] = {}
         self._suspect: set[Atom] = set()
 
     def __len__(self) -> int:
@@ -156,8 +157,19 @@ class Router:
         return [worker for workers in self._stores.get(store, {}).values() for worker in workers]
 
     def nodes(self, store: Atom) -> list[Atom]:
-        """The nodes that have a worker of `store`."""
-        return list(self._stores.get(store, ()))
+        """The nodes that have a worker of `store` and may be asked about it."""
+        return list(self._serving(store))
+
+    def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
+        """These nodes hold a copy of `store` that no writes reach: whoever reads there reads the past."""
+        self._outsiders[store] = frozenset(nodes)
+
+    def _serving(self, store: Atom) -> dict[Atom, list[Worker]]:
+        nodes = self._stores.get(store, {})
+        outsiders = self._outsiders.get(store)
+        if not outsiders or outsiders.isdisjoint(nodes):
+            return nodes
+        return {node: workers for node, workers in nodes.items() if node not in outsiders}
 
     def worker_on(self, store: Atom, node: Atom) -> Worker | None:
         """A worker of `store` on this node."""
@@ -234,10 +246,7 @@ class Router:
 
     def owners(self, store: Atom, stream: bytes) -> list[Atom]:
         """The nodes with workers of `store`, the owner of `stream` first, then who takes its place."""
-        nodes = self._stores.get(store)
-        if not nodes:
-            return []
-        return sorted(nodes, key=lambda node: owner_rank(store, stream, node), reverse=True)
+        return sorted(self._serving(store), key=lambda node: owner_rank(store, stream, node), reverse=True)
 
     def owner(self, store: Atom, stream: bytes, now: float, avoid: Collection[Atom] = ()) -> Atom | None:
         """The node that answers for a stream now: its owner, or the first in order that is neither open nor avoided.
@@ -256,9 +265,9 @@ class Router:
         """A worker for a request about `stream` of `store`, of `store` (stream None), or of any store (both None)."""
         if store is None:
             return self._less_loaded(self._allowed(list(self._workers.values()), now, avoid))
-        nodes = self._stores.get(store)
+        nodes = self._serving(store)
         if not nodes:
-            nodes = self._stores.get(ANY_STORE)
+            nodes = self._stores.get(ANY_STORE, {})
             if not nodes:
                 return None
         elif stream is not None:

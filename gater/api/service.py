@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
 import structlog
@@ -311,6 +311,12 @@ class Service:
         """A node does not answer at all, or does again."""
         self.router.suspect(node, is_suspect)
         if is_suspect:
+            self._appends.left_out(node)
+
+    def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
+        """These nodes hold `store` but are no members of it, and no others."""
+        self.router.outsiders(store, nodes)
+        for node in nodes:
             self._appends.left_out(node)
 
     # Workers

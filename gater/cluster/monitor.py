@@ -14,7 +14,7 @@ changes is not decided here: whoever wants to know calls `watch`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -133,7 +133,7 @@ class NodeChanged:
 
 @dataclass(frozen=True, slots=True)
 class StoreChanged:
-    """Effect: leader, members, reachable members or problem of a store have changed."""
+    """Effect: leader, members, reachable members, problem or outsiders of a store have changed."""
 
     store: Atom
 
@@ -182,6 +182,9 @@ class StoreStatus:
     problem: Problem | None
     """Why writes cannot be trusted now: fewer reachable members than a majority, or nodes that contradict each other
     also when asked again."""
+    outsiders: tuple[Atom, ...] = ()
+    """Nodes that hold the store but are no members of it, as a majority of the members agrees. Nothing that is written
+    reaches their copy: ExESDB leaves such a node behind when it is stopped or cut off while it joins."""
 
     @property
     def has_quorum(self) -> bool:
@@ -262,11 +265,13 @@ class _Report:
 class _Store:
     """What the state machine knows of one store."""
 
-    __slots__ = ("differ_since", "last_members", "minority_since", "reports", "seen")
+    __slots__ = ("differ_since", "last_members", "minority_since", "outsiders", "reports", "seen")
 
     def __init__(self) -> None:
         self.reports: dict[Atom, _Report] = {}
         self.last_members: frozenset[Atom] = frozenset()
+        self.outsiders: frozenset[Atom] = frozenset()
+        """Until members agree on something else."""
         self.differ_since: float | None = None
         self.minority_since: float | None = None
         self.seen: StoreStatus | None = None
@@ -569,6 +574,12 @@ class ClusterState:
     def _status(self, name: Atom, store: _Store, now: float) -> tuple[StoreStatus, bool]:
         """The store as it is, and whether the latest reports contradict each other, confirmed or not."""
         reports = {each: report for each, report in store.reports.items() if self.state(each) == "up"}
+        agreed = _agreed({each: report.members for each, report in reports.items() if report.members is not None})
+        if agreed is not None:
+            store.outsiders = frozenset(reports) - agreed
+        outsiders = store.outsiders & reports.keys()
+        for each in outsiders:
+            del reports[each]
         leaders = {report.leader for report in reports.values() if report.leader is not None}
         views = {report.members for report in reports.values() if report.members is not None}
         if views:
@@ -587,12 +598,25 @@ class ClusterState:
         elif len(views) > 1 and _lasts(store.differ_since, (report.members_at for report in reports.values())):
             problem = "members_differ"
         leader = next(iter(leaders)) if len(leaders) == 1 else None
-        status = StoreStatus(name, leader, _sorted(members), _sorted(reachable), problem)
+        status = StoreStatus(name, leader, _sorted(members), _sorted(reachable), problem, _sorted(outsiders))
         return status, len(leaders) > 1 or len(views) > 1
 
 
 def _lasts(since: float | None, times: Iterable[float | None]) -> bool:
     return since is not None and all(at is None or at >= since + DIFFER_FOR_S for at in times)
+
+
+def _agreed(views: Mapping[Atom, frozenset[Atom]]) -> frozenset[Atom] | None:
+    """The members of the store, by what each node says they are; None without agreement.
+
+    That takes a majority of members who name exactly the same members, and more of them than there are other nodes: a
+    single node that was emptied and leads itself must not outvote one that holds the events.
+    """
+    for members in set(views.values()):
+        agree = sum(views.get(each) == members for each in members)
+        if agree > len(members) // 2 and agree > len(views.keys() - members):
+            return members
+    return None
 
 
 def _sorted(nodes: Iterable[Atom]) -> tuple[Atom, ...]:
@@ -754,13 +778,15 @@ class ClusterMonitor:
             case StoreChanged():
                 status = self._state.store(change.store)
                 assert status is not None
-                write = self._log.info if status.problem is None else self._log.warning
+                well = status.problem is None and not status.outsiders
+                write = self._log.info if well else self._log.warning
                 write(
                     "store_state",
                     store=str(change.store),
                     leader=str(status.leader),
                     members=[str(each) for each in status.members],
                     reachable=[str(each) for each in status.reachable],
+                    outsiders=[str(each) for each in status.outsiders],
                     problem=status.problem,
                 )
         for watcher in list(self._watchers):
