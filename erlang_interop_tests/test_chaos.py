@@ -296,6 +296,32 @@ async def test_appends_by_random_workers_lose_events(tmp_path: Path) -> None:
     pytest.fail("a test that finds no loss here finds none anywhere")
 
 
+async def test_what_was_written_is_read_though_the_next_owner_lags(home: House) -> None:
+    leader = await home.cluster.leader(STORE)
+    assert leader is not None
+    owner, successor = {0, 1, 2} - {leader}
+
+    def order(stream: bytes) -> list[int]:
+        return sorted(
+            range(3), key=lambda member: owner_rank(THE_STORE, stream, Atom(home.cluster.names[member])), reverse=True
+        )
+
+    streams = (b"stream-%08x" % random.getrandbits(32) for _ in range(1_000))
+    stream = next(each for each in streams if order(each) == [owner, successor, leader])
+    assert await home.call(0, "get_version", THE_STORE, stream) == (OK, -1)
+    await home.cluster.set("replication_lag_ms", 600, member=successor)
+    assert await append(home, stream, 0) == (OK, 0)
+    await home.cluster.kill(owner)
+    assert await home.call(0, "get_version", THE_STORE, stream) == (OK, 0)
+    # A member that comes back has to catch up before it is read from, whoever has written meanwhile.
+    assert await append(home, stream, 1, gater=1) == (OK, 1)
+    await home.cluster.restart(owner)
+    await home.cluster.set("replication_lag_ms", 600, member=owner)
+    await home.ready()
+    assert await home.call(0, "get_version", THE_STORE, stream) == (OK, 1)
+    await home.cluster.reset()
+
+
 async def test_appends_by_workers_follow_a_change_of_owner_though_followers_lag() -> None:
     async with beams() as beam, house(beam, khepri=False) as home:
         await home.cluster.set("replication_lag_ms", 300)

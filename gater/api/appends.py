@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 
@@ -50,13 +50,21 @@ MAX_REMEMBERED_STREAMS: Final = 100_000
 log = structlog.get_logger(__name__)
 
 
+class Remembered(NamedTuple):
+    """A stream as it was after an append: its version, the node that wrote, and when (of the loop's clock)."""
+
+    version: int
+    owner: Atom
+    at: float
+
+
 class Appends:
     """The appends under way of one service, by stream."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self._queues: dict[tuple[Atom, bytes], deque[_AppendCall]] = {}
-        self._remembered: OrderedDict[tuple[Atom, bytes], tuple[int, Atom]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[Atom, bytes], Remembered] = OrderedDict()
         self._writing: dict[Atom, int] = {}
         self._waiting: dict[Atom, deque[tuple[_AppendCall, Write]]] = {}
         self._quiet_until: dict[Atom, float] = {}
@@ -126,13 +134,13 @@ class Appends:
             self._quiet_until[node] = now + 1
             log.warning("append_attempt_failed", store=str(store), peer=str(node), reason=repr(reason)[:200])
 
-    def remembered(self, key: tuple[Atom, bytes]) -> tuple[int, Atom] | None:
-        """The version this gateway last saw of a stream, and who its owner was."""
+    def remembered(self, key: tuple[Atom, bytes]) -> Remembered | None:
+        """What this gateway last saw of a stream."""
         return self._remembered.get(key)
 
     def remember(self, key: tuple[Atom, bytes], version: int, owner: Atom) -> None:
         """The stream is at `version` now."""
-        self._remembered[key] = (version, owner)
+        self._remembered[key] = Remembered(version, owner, asyncio.get_running_loop().time())
         self._remembered.move_to_end(key)
         if len(self._remembered) > MAX_REMEMBERED_STREAMS:
             self._remembered.popitem(last=False)
@@ -191,7 +199,7 @@ class _AppendCall:
         self._plan = Append(
             term[3] if len(term) == 5 else None,
             [event[schema.EVENT_ID] for event in term[-1]],
-            known_version=None if remembered is None else remembered[0],
+            known_version=None if remembered is None else remembered.version,
         )
 
     @property
@@ -218,7 +226,7 @@ class _AppendCall:
     def _begin(self) -> None:
         remembered = self._appends.remembered(self.key)
         if remembered is not None:
-            self._plan.saw(remembered[0])
+            self._plan.saw(remembered.version)
         if not self._choose_node():
             self._service.refresh(self._begin_refreshed)
             return
@@ -238,7 +246,7 @@ class _AppendCall:
             self._finish(Done(schema.error(refusal)))
             return
         remembered = self._appends.remembered(self.key)
-        if self._is_guarded or (remembered is not None and remembered[1] is self._node):
+        if self._is_guarded or (remembered is not None and remembered.owner is self._node):
             self.take(self._plan.begin(guarded=self._is_guarded))
         else:
             # A worker's check looks at its own node only: a new owner has to have everything first.

@@ -175,6 +175,10 @@ class Router:
         """A worker of `store` on this node."""
         return self._less_loaded(self._stores.get(store, {}).get(node, []))
 
+    def has(self, worker: Worker) -> bool:
+        """Whether this worker still counts."""
+        return self._workers.get(worker.address) is worker
+
     def add(self, address: Term, node: Atom, store: Atom | None) -> Worker:
         """A worker that no registry lists: another gateway's API server."""
         worker = self._workers.get(address)

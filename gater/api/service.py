@@ -33,9 +33,10 @@ from gater.api.appends import Appends, events_to_send
 from gater.api.router import Router, Worker
 from gater.api.schema import Rejected, Request, check_request
 from gater.erl import etf
-from gater.erl.errors import CallError, EncodeError, NoProcess
+from gater.erl.errors import CallError, EncodeError, ErlangException, NoProcess
 from gater.erl.gen_server import PendingCall, cast, down_error
 from gater.erl.node import Monitor, Node
+from gater.erl.rpc import PendingRpc
 from gater.erl.terms import Atom, EncodedTerm, Term
 
 OnReply: TypeAlias = Callable[[Term], None]
@@ -56,6 +57,9 @@ never, and a large read answers late; two more can be asked before time is up.""
 
 MIN_ATTEMPT_S: Final = 0.5
 """But never less than this."""
+
+FENCE_S: Final = 1.0
+"""How long a node may take to catch up with its store before a read goes elsewhere."""
 
 AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
 
@@ -135,6 +139,10 @@ class Service:
         self._under_way = 0
         self._draining = False
         self._idle: list[asyncio.Future[None]] = []
+        self._caught_up: dict[tuple[Atom, Atom], float] = {}
+        """When a node (of a store) was last known to have everything; it follows from then on, a little behind."""
+        self._fences: dict[tuple[Atom, Atom], list[Callable[[bool], None]]] = {}
+        """The fences under way, and who came too late for them: those wait for the next."""
 
     @property
     def under_way(self) -> int:
@@ -311,6 +319,7 @@ class Service:
         """A node does not answer at all, or does again."""
         self.router.suspect(node, is_suspect)
         if is_suspect:
+            self.may_lag(node)
             self._appends.left_out(node)
 
     def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
@@ -318,6 +327,51 @@ class Service:
         self.router.outsiders(store, nodes)
         for node in nodes:
             self._appends.left_out(node)
+
+    # Own writes are read
+
+    def may_lag(self, node: Atom) -> None:
+        """A node was out of reach: it may have missed something."""
+        for key in [key for key in self._caught_up if key[1] is node]:
+            del self._caught_up[key]
+
+    def lags(self, store: Atom, stream: bytes, node: Atom) -> bool:
+        """Whether a read of this stream on `node` might miss what was appended before: the node was out of reach, or
+        the last append went to another one. Where a store has no quorum, reads go on all the same."""
+        if self.guarded_form(node) is None or self.quorum(store) is not None:
+            return False
+        caught_up = self._caught_up.get((store, node))
+        if caught_up is None:
+            return True
+        last = self._appends.remembered((store, stream))
+        return last is not None and last.owner is not node and last.at > caught_up
+
+    def catch_up(self, store: Atom, node: Atom, on_done: Callable[[bool], None]) -> None:
+        """Wait until `node` has everything that is committed now (`khepri:fence/2`); `on_done(whether it has)`."""
+        waiting = self._fences.get((store, node))
+        if waiting is None:
+            self._fences[store, node] = []
+            self._fence(store, node, [on_done])
+        else:
+            waiting.append(on_done)
+
+    def _fence(self, store: Atom, node: Atom, callers: list[Callable[[bool], None]]) -> None:
+        began = asyncio.get_running_loop().time()
+
+        def done(result: Term, error: ErlangException | None) -> None:
+            has_all = error is None and result is schema.OK
+            if has_all:
+                self._caught_up[store, node] = began
+            late, self._fences[store, node] = self._fences[store, node], []
+            if late:
+                self._fence(store, node, late)
+            else:
+                del self._fences[store, node]
+            for on_done in callers:
+                on_done(has_all)
+
+        mfa: tuple[Atom, Atom, list[Term]] = (Atom("khepri"), Atom("fence"), [store, round(FENCE_S * 1000)])
+        PendingRpc(self.node, node, mfa, done, FENCE_S)
 
     # Workers
 
@@ -424,7 +478,32 @@ class _Call:
             else:
                 service.refresh(self._refreshed)
             return
-        self._ask(worker, now)
+        if (
+            request.store is not None
+            and request.stream is not None
+            and request.idempotent
+            and service.lags(request.store, request.stream, worker.node)
+        ):
+            chosen = worker
+            service.catch_up(request.store, worker.node, lambda has_all: self._caught_up(chosen, has_all))
+        else:
+            self._ask(worker, now)
+
+    def _caught_up(self, worker: Worker, has_all: bool) -> None:
+        """Ask `worker`, whose node has caught up; if it has not, another one, and this one if there is none."""
+        if self._on_reply is None:
+            return
+        service, request = self._service, self._request
+        now = self._loop.time()
+        if not has_all:
+            self._failed(worker)
+            if service.router.choose(request.store, request.stream, now, self._tried) is not None:
+                self._send()
+                return
+        if service.router.has(worker):
+            self._ask(worker, now)
+        else:
+            self._send()
 
     def _ask(self, worker: Worker, now: float) -> None:
         service, request = self._service, self._request

@@ -57,7 +57,7 @@ SETTLING_S: Final = 60.0
 """A node that has just connected is asked every `REFRESH_S` for so long: nodes find each other before applications
 have started."""
 
-MINORITY_AFTER_S: Final = 1.0
+MINORITY_AFTER_S: Final = 2.0
 """A majority must be missing for so long before it is called missing: connections come and answers arrive one after the
 other, and a store that is just being met is no store in trouble."""
 
