@@ -252,21 +252,25 @@ async def test_python_starts_linked_and_watched_processes_on_a_beam(erl_node: Be
 async def test_a_linked_process_on_a_beam_ends_with_the_python_process_that_asked(
     erl_node: BeamNode, beam: Beams
 ) -> None:
+    asleep = "[P || P <- processes(), {initial_call, {timer, sleep, 1}} <- [process_info(P, initial_call)]]"
+
+    async def sleeping() -> int:
+        return len(await erl_node.eval(asleep))
+
+    async def nobody_sleeps() -> bool:
+        return await sleeping() == 0
+
     async with python_node(beam) as node:
         await node.connect(erl_node.atom)
         for is_told in (True, False):
             me = Collector(node)
-            before = await erl_node.eval("length(processes())")
             me.process.spawn_request(erl_node.atom, "timer", "sleep", [Atom("infinity")], link=True)
             if is_told:
                 assert (await me.next())[2] is OK
+                assert await sleeping() == 1
             me.process.exit(OOPS)
-            await wait_until(lambda before=before: _no_more_than(erl_node, before))
-            assert not node.peers.table[erl_node.atom].spawns
-
-
-async def _no_more_than(erl_node: BeamNode, count: int) -> bool:
-    return await erl_node.eval("length(processes()) =< Count", Count=count)
+            await wait_until(lambda: not node.peers.table[erl_node.atom].spawns)
+            await wait_until(nobody_sleeps)
 
 
 async def test_a_monitor_of_a_spawn_request_can_be_given_up_before_the_answer(erl_node: BeamNode, beam: Beams) -> None:
