@@ -802,6 +802,22 @@ def test_when_the_rival_of_our_process_is_gone_originals_hear_the_name_again():
     assert ((A, B), Track(b"n", pid(ME, 9), {})) in bench.sent()
 
 
+def test_who_learns_later_that_our_rival_is_gone_hears_the_name_once_more():
+    """As long as an original has the other process under the name it ignores ours (seen with Swarm 3.4.0)."""
+    for still_there in (True, False):
+        bench = Bench().join(A, gaters=[B])
+        bench.ask(Track(b"n", pid(ME, 9), {}))
+        bench.told(A, Track(b"n", pid(A, 5), {}))
+        bench.give(ProcessDown(pid(A, 5)))
+        assert [timer.after_s for timer in bench.of(SetTimer) if timer.timer == "won"] == [2.0]
+        if not still_there:
+            bench.give(ProcessDown(pid(ME, 9)))
+        bench.give(TimerFired("won"), after=2.0)
+        assert bench.sent() == ([((A,), Track(b"n", pid(ME, 9), {}))] if still_there else [])
+        bench.give(TimerFired("won"), after=2.0)
+        assert bench.sent() == []
+
+
 def test_a_member_that_turns_out_to_be_a_gater_is_judged_as_one():
     bench = Bench().join()
     bench.ask(Track(b"n", pid(ME, 9), {}))

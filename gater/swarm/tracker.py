@@ -310,6 +310,8 @@ class Tracker:
         """What the member we have asked has asked us, and until when it is for it to answer first."""
         self._awaiting: dict[Atom, float] = {}
         self._early: dict[Pid, float] = {}
+        self._won: dict[Term, Term] = {}
+        """Names of ours that others have claimed too, until a moment ago."""
         self._pending_sync_reqs: dict[Atom, Sync] = {}
         self._postponed: deque[Call] = deque()
         self._retries: dict[Atom, int] = {}
@@ -444,6 +446,10 @@ class Tracker:
                 self._wake()
             case "say_again" | "say_again_late":
                 self._say_again()
+            case "won":
+                won, self._won = self._won, {}
+                entries = (self.registry.get(name) for name in won.values())
+                self._tell_originals([each for each in entries if each is not None and each.pid.node is self.node])
             case ("ensure_swarm_started_on_remote_node", Atom() as node):
                 if node in self._retries:
                     self._emit(AskApplications(node))
@@ -536,10 +542,7 @@ class Tracker:
             for node in originals:
                 self._ask_again(self._members[node])
             return
-        for entry in ours:
-            self._send(
-                originals, ReplicaEvent(self.pid, itc.peek(entry.clock), Track(entry.name, entry.pid, entry.meta))
-            )
+        self._tell_originals(ours)
 
     def _not_yet(self, node: Atom) -> None:
         self._plain_nodes.add(node)
@@ -1269,10 +1272,19 @@ class Tracker:
             self._emit(Demonitor(pid))
         shown = self.registry.get(name)
         if shown is not None and shown.pid.node is self.node:
-            # Originals that had the other claim have nothing now.
-            originals = [node for node in self._members if not self._is_gater(node)]
-            self._send(originals, ReplicaEvent(self.pid, itc.peek(shown.clock), Track(name, shown.pid, shown.meta)))
+            # Originals that had the other claim have nothing now, or will have: until then they ignore ours.
+            self._tell_originals([shown])
+            if not self._won:
+                self._emit(SetTimer("won", VERIFY_AFTER_S))
+            self._won[name_key(name)] = name
         return entry
+
+    def _tell_originals(self, entries: Iterable[Entry]) -> None:
+        originals = [node for node in self._members if self._is_original(node)]
+        for entry in entries:
+            self._send(
+                originals, ReplicaEvent(self.pid, itc.peek(entry.clock), Track(entry.name, entry.pid, entry.meta))
+            )
 
     def _drop_all(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
