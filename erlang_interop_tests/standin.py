@@ -23,6 +23,7 @@ from gater.erl.terms import Atom, Term
 SOURCES: Final = Path(__file__).resolve().parent / "standin"
 DEFAULT_STORE: Final = "reg_gh"
 READY_TIMEOUT_S: Final = 15.0
+RESTART_TIMEOUT_S: Final = 60.0
 COMPILE_TIMEOUT_S: Final = 60.0
 
 _CORE: Final = ("tree.exs", "raft.exs", "swarm.exs", "pubsub.exs", "standin.exs")
@@ -163,7 +164,7 @@ class StandInCluster:
     async def restart(self, member: int) -> None:
         """Start a killed member again and wait until it has caught up."""
         await self._start_member(self.members[member])
-        await self.wait_ready()
+        await self.wait_ready(RESTART_TIMEOUT_S)
 
     async def close(self) -> None:
         """Kill all members and remove their data."""
@@ -175,7 +176,8 @@ class StandInCluster:
 
     async def _start_member(self, node: BeamNode) -> None:
         await node.start()
-        await node.eval("ExESDB.StandIn.start_from_environment()")
+        # A member that comes back reads its whole log, on a machine that may be busy with the others.
+        await node.eval("ExESDB.StandIn.start_from_environment()", timeout_s=RESTART_TIMEOUT_S)
 
 
 @contextlib.asynccontextmanager

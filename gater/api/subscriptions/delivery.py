@@ -189,13 +189,11 @@ class Delivery:
                 self._wait(entry, now)
         return True
 
-    def busy(self, id: SubscriberId, busy: bool) -> bool:
-        """The way to somebody is full, or free again. False if it is not here."""
+    def busy(self, id: SubscriberId, busy: bool) -> None:
+        """The way to somebody is full, or free again."""
         subscriber = self._subscribers.get(id)
-        if subscriber is None:
-            return False
-        subscriber.busy = busy
-        return True
+        if subscriber is not None:
+            subscriber.busy = busy
 
     # Events
 

@@ -17,7 +17,7 @@ Pure: `receive(input, now)` returns the effects; `deadline` says when a `Tick` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import chain
 from typing import Any, Final
@@ -26,7 +26,18 @@ from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.backlog import GAP_READS, PAGE_EVENTS, READ_AGAIN_S
 from gater.api.subscriptions.matching import Matcher, SelectorError, compile_selector
 from gater.api.subscriptions.poll import ANSWER_S, PollPlan
-from gater.api.subscriptions.protocol import Effect, Event, Input, Key, Log, ReadCounts, ReadIndex, ReadPage, Started
+from gater.api.subscriptions.protocol import (
+    Effect,
+    Event,
+    Input,
+    Key,
+    Log,
+    ReadCounts,
+    ReadIndex,
+    ReadPage,
+    Started,
+    SubscriberId,
+)
 from gater.api.subscriptions.subscription import Subscription
 
 MAX_READS: Final = 16
@@ -66,6 +77,7 @@ class Feed:
         self._of_type: dict[bytes, dict[Key, Subscription]] = {}
         self._of_all: dict[Key, Subscription] = {}
         """Subscriptions by what their events must have: stream, else type, else nothing."""
+        self._of_subscriber: dict[SubscriberId, dict[Key, Subscription]] = {}
         self._next: dict[bytes, int] = {}
         self._known: dict[bytes, int] = {}
         """Dirty streams; all are in `_next`."""
@@ -176,6 +188,7 @@ class Feed:
             self._effects.append(p.Refused(input.key, input.subscriber, reason))
             return
         if input.subscriber is not None:
+            self._of_subscriber.setdefault(input.subscriber, {})[input.key] = subscription
             subscription.up(input.subscriber, self._now)
         self._touch(subscription)
 
@@ -216,6 +229,8 @@ class Feed:
         """Forget a subscription, and what the feed knew on its behalf only."""
         key, matcher = subscription.key, subscription.matcher
         del self._subscriptions[key]
+        for subscriber in subscription.delivery.subscribers:
+            self._leave(subscriber, key)
         self._starting.pop(key, None)
         self._touched.pop(key, None)
         self._hungry.pop(key, None)
@@ -269,21 +284,28 @@ class Feed:
     # Subscribers
 
     def _subscriber_down(self, input: p.SubscriberDown) -> None:
-        if input.key is not None:
-            found: Iterable[Subscription] = filter(None, [self._subscriptions.get(input.key)])
-        else:
-            found = list(self._subscriptions.values())
-        for subscription in found:
-            if subscription.down(input.subscriber, self._now):
-                if subscription.is_over:
-                    self._drop(subscription)
-                    self._effects.append(p.Ended(subscription.key))
-                else:
-                    self._touch(subscription)
+        of_subscriber = self._of_subscriber.get(input.subscriber, {})
+        for key in list(of_subscriber) if input.key is None else [input.key]:
+            subscription = of_subscriber.get(key)
+            if subscription is None:
+                continue
+            self._leave(input.subscriber, key)
+            subscription.down(input.subscriber, self._now)
+            if subscription.is_over:
+                self._drop(subscription)
+                self._effects.append(p.Ended(key))
+            else:
+                self._touch(subscription)
+
+    def _leave(self, subscriber: SubscriberId, key: Key) -> None:
+        of_subscriber = self._of_subscriber.get(subscriber)
+        if of_subscriber is not None and of_subscriber.pop(key, None) is not None and not of_subscriber:
+            del self._of_subscriber[subscriber]
 
     def _subscriber_busy(self, input: p.SubscriberBusy) -> None:
-        for subscription in self._subscriptions.values():
-            if subscription.delivery.busy(input.subscriber, input.busy) and not input.busy:
+        for subscription in self._of_subscriber.get(input.subscriber, {}).values():
+            subscription.delivery.busy(input.subscriber, input.busy)
+            if not input.busy:
                 self._touch(subscription)
 
     def _ack(self, input: p.Ack) -> None:

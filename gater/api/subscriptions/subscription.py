@@ -150,12 +150,10 @@ class Subscription:
         self.delivery.stopped = False
         self.backlog.unstick_all(now)
 
-    def down(self, subscriber: SubscriberId, now: float) -> bool:
+    def down(self, subscriber: SubscriberId, now: float) -> None:
         """Somebody is gone."""
-        found = self.delivery.down(subscriber, now)
-        if found:
+        if self.delivery.down(subscriber, now):
             self.backlog.unstick_all(now)
-        return found
 
     @property
     def is_over(self) -> bool:
