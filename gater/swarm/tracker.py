@@ -31,8 +31,10 @@ registrations as each other's death, or stop in a circle of trackers that wait f
 - What others say about a member's processes is a *rumour*. Registering, joining groups and unregistering work from any
   node, so rumours are acted upon; but they are checked: another tracker of ours tells every change to its processes
   again itself (so we ignore rumours about those, and echo what we hear about ours), and an original is asked for its
-  registry when it has not confirmed in `VERIFY_AFTER_S`. A member we have not synced with since it came up cannot
-  unregister our processes: it says `untrack` merely because it had lost us.
+  registry when it has not confirmed in `VERIFY_AFTER_S`, also where the rumour came before the registration. Two of
+  ours that list an original's processes differently both ask it, and what it has changed without a word is told the
+  others as a rumour. A member we have not synced with since it came up cannot unregister our processes: it says
+  `untrack` merely because it had lost us.
 - Two processes for one name: `claims.py` keeps both and shows the better, the same one everywhere (`_better`). Between
   two of our trackers the order is fixed, so exactly one gives way: its node takes the claim back and tells the process
   to die. Against an original the order is what the original will do: it gives way to a clock that has seen its own, so
