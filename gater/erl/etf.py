@@ -360,8 +360,10 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
                     elements.append(atoms[data[pos:end]])
                     pos = end
                 elif tag == 82:
+                    node = cache[data[pos + 2]]
+                    node_bytes = node.etf if type(node) is Atom else atom_bytes(node)
                     end = pos + 15
-                    elements.append(atoms[b"X%b%b" % (atom_bytes(cache[data[pos + 2]]), data[pos + 3 : end])])
+                    elements.append(atoms[b"X%b%b" % (node_bytes, data[pos + 3 : end])])
                     pos = end
                 else:
                     term, pos = _pid(data, pos + 1, atoms, cache)
@@ -373,9 +375,10 @@ def _decode(data: bytes, pos: int, atoms: AtomTable, cache: Sequence[Term], want
                     elements.append(atoms[data[pos:end]])
                     pos = end
                 elif tag == 82:
+                    node = cache[data[pos + 4]]
+                    node_bytes = node.etf if type(node) is Atom else atom_bytes(node)
                     end = pos + 9 + 4 * data[pos + 2]
-                    node = atom_bytes(cache[data[pos + 4]])
-                    elements.append(atoms[b"Z%b%b%b" % (data[pos + 1 : pos + 3], node, data[pos + 5 : end])])
+                    elements.append(atoms[b"Z%b%b%b" % (data[pos + 1 : pos + 3], node_bytes, data[pos + 5 : end])])
                     pos = end
                 else:
                     term, pos = _reference(data, pos + 1, atoms, cache)
