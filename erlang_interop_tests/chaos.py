@@ -305,7 +305,7 @@ class House:
                 )
                 return len({pid.node for pid in pids}) >= wanted
 
-            await wait_until(knows, 20, what=f"{gater.name} knowing {wanted} store nodes")
+            await wait_until(knows, 45, what=f"{gater.name} knowing {wanted} store nodes")
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from gater.erl.terms import Atom, Term
 
 SOURCES: Final = Path(__file__).resolve().parent / "standin"
 DEFAULT_STORE: Final = "reg_gh"
-READY_TIMEOUT_S: Final = 15.0
+READY_TIMEOUT_S: Final = 45.0
 RESTART_TIMEOUT_S: Final = 60.0
 COMPILE_TIMEOUT_S: Final = 60.0
 
