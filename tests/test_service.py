@@ -39,7 +39,7 @@ from gateway_kit import (
 )
 from node_kit import wait_until
 
-from gater.api import schema, service
+from gater.api import discovery, schema, service
 from gater.api.server import API_MODULE
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangThrow
@@ -439,14 +439,32 @@ async def test_a_request_that_comes_before_the_registries_have_answered_waits_fo
             await wait_until(lambda: cluster.casts, "the cast")
 
 
-async def test_a_request_that_waits_for_registries_that_never_answer_is_answered_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "request_", [("get_streams", STORE), ("append_events", STORE, b"s", [event(0).to_term()])], ids=["read", "append"]
+)
+async def test_a_request_that_waits_for_registries_that_never_answer_is_answered_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(discovery, "ASK_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(discovery, "REFRESH_WAIT_S", 60.0)
     async with open_cluster(tmp_path) as cluster:
         cluster.registry_open.clear()
         async with gateway(cluster, call_timeout_ms=80) as system, caller_node(cluster.epmd_port) as caller:
             await wait_until(lambda: system.node.nodes(), "the connection")
-            reply = await server_door(caller, system)("get_streams", STORE)
+            reply = await server_door(caller, system)(*request_)
             assert kind_of(reply) in ("call_timeout", "store_not_found", "no_worker_available")
             await wait_until(lambda: system.service.under_way == 0, "no request under way")
+
+
+async def test_a_cast_does_not_wait_for_a_node_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "ASK_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(discovery, "REFRESH_WAIT_S", 0.1)
+    async with open_cluster(tmp_path) as cluster:
+        cluster.registry_open.clear()
+        async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
+            await wait_until(lambda: system.node.nodes(), "the connection")
+            ask = function_door(caller, system)
+            assert kind_of(await ask("delete_snapshot", STORE, b"source", b"stream", 1)) == "store_not_found"
 
 
 # Beside an embedded store

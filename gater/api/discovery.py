@@ -40,6 +40,9 @@ REFRESH_S: Final = 5.0
 ASK_TIMEOUT_S: Final = 3.0
 """How long a node may take to say what it runs or knows."""
 
+REFRESH_WAIT_S: Final = 3.0
+"""How long a request waits for nodes to be asked again; a node that hangs may take longer, question after question."""
+
 MAX_NODES_TRIED: Final = 64
 """Nodes that registries name, that are not connected and could not be connected with lately; further ones are not
 tried. A cluster has tens of nodes."""
@@ -80,6 +83,7 @@ class Discovery:
         self._timer: asyncio.TimerHandle | None = None
         self._scan: asyncio.Handle | None = None
         self._scan_took_s = 0.0
+        self._no_longer: asyncio.TimerHandle | None = None
         self._end_watching: list[Callable[[], None]] = []
         service.registries = self
 
@@ -92,7 +96,7 @@ class Discovery:
 
     def stop(self) -> None:
         """Ask nobody any more."""
-        for handle in (self._timer, self._scan):
+        for handle in (self._timer, self._scan, self._no_longer):
             if handle is not None:
                 handle.cancel()
         for end in self._end_watching:
@@ -101,8 +105,10 @@ class Discovery:
             asking.cancel()
 
     def refresh(self, on_done: Callable[[], object]) -> None:
-        """Ask every node again; `on_done()` when all have answered or failed to."""
+        """Ask every node again; `on_done()` when all have answered or failed to, or after `REFRESH_WAIT_S`."""
         self._waiting.append(on_done)
+        if self._no_longer is None:
+            self._no_longer = asyncio.get_running_loop().call_later(REFRESH_WAIT_S, self._settle)
         for peer in self._node.nodes():
             self._ask(peer)
         if not self._asking:
@@ -174,6 +180,9 @@ class Discovery:
             self._settle()
 
     def _settle(self) -> None:
+        if self._no_longer is not None:
+            self._no_longer.cancel()
+            self._no_longer = None
         waiting, self._waiting = self._waiting, []
         for on_done in waiting:
             on_done()

@@ -200,7 +200,27 @@ class Service:
         elif self.router.serves_all:
             _Call(self, request, term, self._telling(request, on_reply), left_s).begin()
         else:
-            self.refresh(lambda: self._append(request, term, on_reply, deadline, refreshed=True))
+            self._append_refreshed(request, term, on_reply, deadline, left_s)
+
+    def _append_refreshed(
+        self, request: Request, term: Term, on_reply: OnReply, deadline: float, timeout_s: float
+    ) -> None:
+        """Append once the registries have been asked again, if that does not take longer than the caller can wait."""
+        is_late = False
+
+        def out_of_time() -> None:
+            nonlocal is_late
+            is_late = True
+            self.done()
+            on_reply(schema.error(schema.call_timeout(round(timeout_s * 1000))))
+
+        def refreshed() -> None:
+            if not is_late:
+                timer.cancel()
+                self._append(request, term, on_reply, deadline, refreshed=True)
+
+        timer = asyncio.get_running_loop().call_at(deadline, out_of_time)
+        self.refresh(refreshed)
 
     def _telling(self, request: Request, on_reply: OnReply) -> OnReply:
         """`on_reply`, and the subscriptions are told where the stream stands after an append."""
