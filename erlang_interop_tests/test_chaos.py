@@ -67,6 +67,12 @@ def owner_of(cluster: StandInCluster, stream: bytes) -> int:
     return ranks.index(max(ranks))
 
 
+def order_of(cluster: StandInCluster, stream: bytes) -> list[int]:
+    """The members in the order in which they append to this stream: the owner, and who takes its place."""
+    ranks = [owner_rank(THE_STORE, stream, Atom(name)) for name in cluster.names]
+    return sorted(range(len(ranks)), key=ranks.__getitem__, reverse=True)
+
+
 def stream_of(cluster: StandInCluster, *owners: int) -> bytes:
     """A new stream that one of these members owns."""
     while True:
@@ -301,13 +307,8 @@ async def test_what_was_written_is_read_though_the_next_owner_lags(home: House) 
     assert leader is not None
     owner, successor = {0, 1, 2} - {leader}
 
-    def order(stream: bytes) -> list[int]:
-        return sorted(
-            range(3), key=lambda member: owner_rank(THE_STORE, stream, Atom(home.cluster.names[member])), reverse=True
-        )
-
     streams = (b"stream-%08x" % random.getrandbits(32) for _ in range(1_000))
-    stream = next(each for each in streams if order(each) == [owner, successor, leader])
+    stream = next(each for each in streams if order_of(home.cluster, each) == [owner, successor, leader])
     assert await home.call(0, "get_version", THE_STORE, stream) == (OK, -1)
     await home.cluster.set("replication_lag_ms", 600, member=successor)
     assert await append(home, stream, 0) == (OK, 0)
@@ -324,9 +325,10 @@ async def test_what_was_written_is_read_though_the_next_owner_lags(home: House) 
 
 async def test_appends_by_workers_follow_a_change_of_owner_though_followers_lag() -> None:
     async with beams() as beam, house(beam, khepri=False) as home:
-        await home.cluster.set("replication_lag_ms", 300)
-        owner = 0
-        stream = stream_of(home.cluster, owner)
+        owner, successor, other = 0, 1, 2
+        streams = (b"stream-%08x" % random.getrandbits(32) for _ in range(1_000))
+        stream = next(each for each in streams if order_of(home.cluster, each) == [owner, successor, other])
+        await home.cluster.set("replication_lag_ms", 500, member=successor)
 
         async def appended(numbers: range) -> None:
             for number in numbers:
@@ -337,6 +339,12 @@ async def test_appends_by_workers_follow_a_change_of_owner_though_followers_lag(
 
         await appended(range(3))
         await home.cluster.kill(owner)
+        request: Term = (Atom("get_version"), THE_STORE, stream)
+
+        async def there() -> bool:
+            return bool(await home.cluster.call(request, member=other) == (OK, 2))
+
+        await wait_until(there, 30, what="what was written on a node that is left")
         await appended(range(3, 6))
         await home.cluster.restart(owner)
         await home.ready()

@@ -520,7 +520,8 @@ class _AppendCall:
     async def _catch_up(self) -> None:
         """Wait until the owner's node has everything that is committed.
 
-        With Khepri by its fence; else until it has the highest version that any live node reports.
+        With Khepri by its fence; else until it has the highest version that any live node reports. What this gateway or
+        the caller knew of the stream is waited for too, but not insisted on: a store may have lost it.
         """
         node = self._node
         if node is None:
@@ -536,9 +537,17 @@ class _AppendCall:
         others = self._service.router.nodes(self._store)
         answers = await asyncio.gather(*(self._version(other) for other in others), return_exceptions=True)
         highest = max((answer for answer in answers if isinstance(answer, int)), default=-1)
+        remembered, expected = self._appends.remembered(self.key), self._request.term[3]
+        hoped_for = max(
+            highest,
+            -1 if remembered is None else remembered.version,
+            expected if len(self._request.term) == 5 and type(expected) is int else -1,
+        )
         give_up = self._loop.time() + CATCH_UP_S
-        while await self._version(node) < highest:
+        while (version := await self._version(node)) < hoped_for:
             if self._loop.time() > give_up:
+                if version >= highest:
+                    return
                 raise CallError(schema.NOT_FOUND, f"{node} is behind version {highest} and does not catch up")
             await asyncio.sleep(PAUSE_S / 10)
 
