@@ -210,6 +210,16 @@ async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(h
     assert sorted(set(me.seen)) == [(b"s", 0), (b"s", 1), (b"s", 2)]
 
 
+async def test_the_server_for_events_has_the_name_of_the_setting(tmp_path: Path) -> None:
+    async with open_house(tmp_path, pub_sub="my_events") as house:
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        assert house.system.node.whereis("Elixir.my_events.Adapter") is not None
+        # The gateways' own topic, and that of the stores' emitters.
+        assert house.system.pubsub["my_events"].subscriptions == 2
+        assert house.system.pubsub["ex_esdb_events"].subscriptions == 0
+
+
 async def test_a_name_with_another_selector_is_refused_after_a_restart_too(tmp_path: Path) -> None:
     async with open_house(tmp_path) as house:
         assert (await house.subscribe(subscriber(house.caller), BY_STREAM, b"$all", b"p"))[0] is OK

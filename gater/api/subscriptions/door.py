@@ -31,6 +31,7 @@ from gater.erl.process import SHUTDOWN, described
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.adapter import PubSub
 from gater.pubsub.messages import appended_message, appended_topic, parse_appended, parse_events, store_topic
+from gater.settings import DEFAULT_PUB_SUB
 from gater.swarm.messages import AddMeta, Track, UntrackName, registered_elsewhere
 from gater.swarm.registry import Entry
 from gater.swarm.swarm import Swarm
@@ -58,8 +59,6 @@ STALE_S: Final = 2.0
 
 GATER_API: Final = Atom("gater_api")
 """First element of the names of gateways' API servers."""
-
-EVENTS_SERVER: Final = "ex_esdb_events"
 
 _SUBSCRIBER: Final = Atom("subscriber")
 _SUBSCRIBERS: Final = Atom("subscribers")
@@ -158,14 +157,16 @@ class Subscriptions:
         self._owned: dict[tuple[Atom, bytes], _Owned] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pubsub: PubSub | None = None
+        self._events_server = DEFAULT_PUB_SUB
         self._unsubscribe: list[Callable[[], None]] = []
         self._stopping = False
         self._end_watch: Callable[[], None] = lambda: None
         self._told: dict[tuple[Atom, bytes], int] = {}
 
-    def start(self, pubsub: PubSub | None = None) -> None:
-        """Take requests. `pubsub` brings hints, and tells other gateways of appends."""
+    def start(self, pubsub: PubSub | None = None, events_server: str = DEFAULT_PUB_SUB) -> None:
+        """Take requests. `pubsub` brings hints, and tells other gateways of appends, by the server for events."""
         self._pubsub = pubsub
+        self._events_server = events_server
         self._service.subscriptions = self
         if self._swarm is not None:
             self._end_watch = self._swarm.watch_starting_with(SUBSCRIPTION, self._name_changed)
@@ -190,7 +191,7 @@ class Subscriptions:
             feed.sharers = lambda: 1 + len(self._other_gateways())
             feed.on_subscribers = lambda key: self._subscribers_changed(store, key)
             if self._pubsub is not None:
-                server = self._pubsub[EVENTS_SERVER]
+                server = self._pubsub[self._events_server]
                 self._unsubscribe.append(server.subscribe(appended_topic(store), self._heard))
                 self._unsubscribe.append(
                     server.subscribe(store_topic(store, "$all"), lambda _, message: self._heard_events(store, message))
@@ -215,7 +216,7 @@ class Subscriptions:
     def _tell_others(self) -> None:
         told, self._told = self._told, {}
         if self._pubsub is not None:
-            server = self._pubsub[EVENTS_SERVER]
+            server = self._pubsub[self._events_server]
             gateways = self._other_gateways()
             for (store, stream), version in told.items():
                 for node in gateways:
