@@ -25,6 +25,9 @@ DIRECT: Final = "store node, direct"
 THROUGH: Final = "through gater"
 EMBEDDED: Final = "gater's embedded store"
 API: Final = Atom("Elixir.ExESDBGater.API")
+READ_STREAM: Final = b"bench-read"
+READ_EVENTS: Final = 1_000
+APPENDED_AT_ONCE: Final = 100
 AIMED_ECHOES: Final = 3
 """Added latency at p50 stays below this many plain BEAM echo round trips."""
 
@@ -38,6 +41,19 @@ def append(server: Server, caller: int) -> Term:
     """One event more, to a stream of the caller's own."""
     event = NewEvent("benched:v1", {b"number": caller, b"text": b"x" * 100}, event_id=f"event-{caller}")
     return (Atom("append_events"), Atom(STORE), b"bench-append-%d" % caller, [event.to_term()])
+
+
+def read(server: Server, caller: int) -> Term:
+    """A page of events."""
+    return (Atom("get_events"), Atom(STORE), READ_STREAM, 0, READ_EVENTS, Atom("forward"))
+
+
+def _page() -> list[Term]:
+    events = (
+        NewEvent("benched:v1", {b"number": number, b"text": b"x" * 300}, {b"user": b"somebody"}, event_id=f"e-{number}")
+        for number in range(READ_EVENTS)
+    )
+    return [event.to_term() for event in events]
 
 
 async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
@@ -65,11 +81,21 @@ async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
                     Target=server.target,
                     Request=append(server, caller),
                 )
+        page = _page()
+        for target in (servers[0].target, servers[2].target):
+            for start in range(0, READ_EVENTS, APPENDED_AT_ONCE):
+                await client.eval(
+                    "{ok, _} = gen_server:call(Target, Request, 60000), ok",
+                    Target=target,
+                    Request=(Atom("append_events"), Atom(STORE), READ_STREAM, page[start : start + APPENDED_AT_ONCE]),
+                    timeout_s=60,
+                )
         cells = [
             Cell(label, callers, request)
             for label, request in (("get_version", version), ("append of one event", append))
             for callers in CALLERS
         ]
+        cells.append(Cell(f"get_events of {READ_EVENTS:,}", 1, read))
         figures = await measure(client, cells, servers, seconds, rounds)
     table = Table(
         "Through the gateway",
