@@ -642,6 +642,8 @@ def test_what_is_said_while_a_registry_is_on_its_way_is_checked_with_the_next_on
 )
 def test_an_original_of_which_another_gater_knows_something_else_is_asked(theirs):
     bench = Bench().join(A, gaters=[B])
+    bench.give(TimerFired("wake"), after=5.0)
+    bench.answer_syncs()
     bench.told(A, Track(b"n", pid(A, 5), {}))
     bench.hear(B, Sync(pid(B, 1), (0, 1)))
     bench.hear(B, SyncAck(pid(B, 1), (0, 1), [entry(b"n", pid(A, 5))]))
@@ -650,6 +652,22 @@ def test_an_original_of_which_another_gater_knows_something_else_is_asked(theirs
     bench.hear(B, SyncAck(pid(B, 1), (0, 1), theirs))
     assert bench.names() == {b"n": pid(A, 5)}
     assert bench.sent(Sync) == [((A,), Sync(bench.tracker.pid, bench.tracker.clock))]
+
+
+@pytest.mark.parametrize(("gaters", "limit", "asked"), [([B], 1, [A]), ([B], 0, []), ([], 1, [])])
+def test_an_original_is_asked_once_more_after_joining_beside_another_gater(monkeypatch, gaters, limit, asked):
+    """The other one may have been changing something there, which neither tells us: we were no member yet."""
+    monkeypatch.setattr(tracker, "SAY_AGAIN_NAMES", limit)
+    bench = Bench()
+    for node in gaters:
+        bench.give(NodeUp(node, True, is_gater=True))
+    bench.give(NodeUp(A, True))
+    bench.give(TimerFired("cluster_join"), after=5.0)
+    bench.answer_syncs(a=[entry(b"n", pid(A, 5))])
+    bench.give(TimerFired("wake"), after=5.0)
+    assert bench.answer_syncs(a=[entry(b"n", pid(A, 5))]) == asked
+    bench.give(TimerFired("wake"), after=60.0)
+    assert bench.answer_syncs() == []
 
 
 @pytest.mark.parametrize(

@@ -903,7 +903,7 @@ class Tracker:
             self._settle_disputes(job)
         if job.news is not None:
             self._send([each for each in self._members if self._is_gater(each)], job.news)
-        member.synced = True
+        first, member.synced = not member.synced, True
         member.failures = 0
         member.last_sync = self._now
         if isinstance(message, SyncRecv):
@@ -917,6 +917,12 @@ class Tracker:
         if node is not self._sync_node and node not in self._awaiting:
             self._emit(DemonitorTracker(node))
         if not member.gater:
+            if (
+                first
+                and any(map(self._is_gater, self._members))
+                and self._claims.names_on_node(node) <= SAY_AGAIN_NAMES
+            ):
+                member.sync_due = self._now + RESYNC_SPACING_S
             for pid in job.stale:
                 self._disown(node, pid)
 
