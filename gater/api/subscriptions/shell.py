@@ -264,9 +264,9 @@ class StoreFeed:
 
     def _read_counts(self, effect: p.ReadCounts) -> None:
         async def read() -> None:
-            began = self._loop.time()
-            counts = await self.reads.counts(effect.streams)
-            self.give(p.Counts(effect.token, counts, self._loop.time() - began))
+            counted = await self.reads.counts(effect.streams)
+            counts, took_s = (None, 0.0) if counted is None else counted
+            self.give(p.Counts(effect.token, counts, took_s))
 
         self._spawn(read())
 
