@@ -170,6 +170,7 @@ class TrackerPeer(GenServer):
             self._unwatch()
         for asking in self._asking.values():
             asking.cancel()
+        self._asking.clear()
         for timer in self._timers.values():
             timer.cancel()
         for monitor in (*self._monitors.values(), *self._tracker_monitors.values()):
