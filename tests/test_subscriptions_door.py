@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 from gateway_kit import STORE, Ask, caller_node, connected, function_door, gateway, open_cluster, tell_server
 from node_kit import COOKIE, wait_until
+from structlog.testing import capture_logs
 
 from gater import Gateway, RequestFailed
 from gater import system as system_module
 from gater.api import schema
-from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent
+from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent, RecordedEvent
+from gater.api.subscriptions.client import EventSubscription, Handler
 from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.erl import NodeOptions
 from gater.erl.node import Node
@@ -398,6 +401,104 @@ async def test_python_goes_on_under_the_same_name(house: House) -> None:
             assert await client.drop_parked(STORE.name, "p") == 0
         with pytest.raises(RequestFailed, match="another type or selector"):
             await anext(client.subscribe(STORE.name, "$other", name="p"))
+
+
+@asynccontextmanager
+async def running(events: EventSubscription, handler: Handler) -> AsyncIterator[None]:
+    task = asyncio.ensure_future(events.run(handler))
+    try:
+        yield
+    finally:
+        await events.stop()
+        async with asyncio.timeout(10):
+            await task
+
+
+async def test_a_callback_gets_one_event_after_the_other_and_what_it_has_handled_is_acknowledged(house: House) -> None:
+    await house.append(b"s", "a", "b")
+    handled: list[int] = []
+    async with python_client(house.system) as client:
+        async with running(
+            client.subscribe(STORE.name, "$s", name="p"), lambda event: handled.append(event.event_number)
+        ):
+            await house.append(b"s", "c")
+            await wait_until(lambda: len(handled) == 3, "three events")
+
+        open_calls = 0
+
+        async def handle(event: RecordedEvent) -> None:
+            nonlocal open_calls
+            open_calls += 1
+            assert open_calls == 1
+            await asyncio.sleep(0.01)
+            open_calls -= 1
+            handled.append(event.event_number)
+
+        await house.append(b"s", "d", "e")
+        async with running(client.subscribe(STORE.name, "$s", name="p"), handle):
+            await wait_until(lambda: len(handled) == 5, "two more")
+    assert handled == [0, 1, 2, 3, 4]
+
+
+async def test_what_a_callback_fails_on_comes_again_until_it_is_parked(house: House) -> None:
+    await house.append(b"s", "bad", "good", "unwanted")
+    tried: list[int] = []
+
+    async def handle(event: RecordedEvent) -> None:
+        tried.append(event.event_number)
+        if event.event_type == "bad":
+            raise ValueError("no such order")
+        if event.event_type == "unwanted":
+            await events.nack(event, "park")
+
+    async with python_client(house.system) as client:
+        events = client.subscribe(STORE.name, "$s", name="p", window=1, max_retries=2)
+
+        async def parked() -> bool:
+            return [each.event_number for each in await client.list_parked(STORE.name, "p")] == [0, 2]
+
+        with capture_logs() as lines:
+            async with running(events, handle):
+                await wait_until(parked, "events 0 and 2 to be parked")
+    assert tried == [0, 0, 0, 1, 2]
+    failures = [line for line in lines if line["event"] == "handler_failed"]
+    assert [(line["stream"], line["number"]) for line in failures] == [("s", 0)] * 3
+    assert "ValueError: no such order" in failures[0]["error"]
+
+
+async def test_a_callback_that_was_cancelled_has_handled_nothing(house: House) -> None:
+    await house.append(b"s", "a")
+    begun = asyncio.Event()
+
+    async def handle(event: RecordedEvent) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with python_client(house.system) as client:
+        task = asyncio.ensure_future(client.subscribe(STORE.name, "$s", name="p").run(handle))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with client.subscribe(STORE.name, "$s", name="p") as events:
+            assert (await anext(events)).event_number == 0
+
+
+async def test_without_auto_ack_a_callback_acknowledges_itself(house: House) -> None:
+    await house.append(b"s", "a", "b")
+    seen: list[int] = []
+
+    async def handle(event: RecordedEvent) -> None:
+        seen.append(event.event_number)
+        if event.event_number == 0:
+            await events.ack(event)
+
+    async with python_client(house.system) as client:
+        events = client.subscribe(STORE.name, "$s", name="p", auto_ack=False)
+        async with running(events, handle):
+            await wait_until(lambda: seen == [0, 1], "both events")
+        async with client.subscribe(STORE.name, "$s", name="p") as again:
+            assert (await anext(again)).event_number == 1
 
 
 # Two gateways

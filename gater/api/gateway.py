@@ -205,7 +205,8 @@ class Gateway:
         `type` is the kind of the selector (`by_stream`: `"$all"` or `"$"` and the stream, `by_event_type`,
         `by_event_pattern`, `by_event_payload`). With a `name` the subscription is kept: it goes on where it stopped
         when somebody subscribes under the same name again. An event is acknowledged when the next one is asked for;
-        with `auto_ack=False` when `ack` is called. Runs in a gateway this client is connected to.
+        with `auto_ack=False` when `ack` is called. `await gateway.subscribe(..).run(handler)` calls a function with
+        each event instead. Runs in a gateway this client is connected to.
         """
         given = {
             "start_from": Atom("now") if start_from == "now" else start_from,

@@ -1,4 +1,4 @@
-"""A Python program's end of a subscription: `async for event in gateway.subscribe(...)`.
+"""A Python program's end of a subscription: `async for event in gateway.subscribe(...)`, or a callback: `run(handler)`.
 
 The subscription runs in a gateway; here is a process of the client's node which gets its events and an iterator that
 hands them out. A window of unacknowledged events is all that ever waits here. When the gateway goes, a persistent
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
+
+import structlog
 
 from gater.api import schema
 from gater.api.router import Worker
@@ -19,12 +23,14 @@ from gater.api.service import Service
 from gater.erl.errors import CallError
 from gater.erl.gen_server import call, cast
 from gater.erl.node import Monitor
-from gater.erl.process import SHUTDOWN, CallbackReceiver, Process
+from gater.erl.process import SHUTDOWN, CallbackReceiver, Process, described
 from gater.erl.terms import Atom, Term
 from gater.errors import InvalidRequest
 from gater.pubsub.messages import parse_events
 
 Action: TypeAlias = Literal["retry", "skip", "park", "stop"]
+Handler: TypeAlias = Callable[[RecordedEvent], object]
+"""A function or a coroutine function; what it returns is awaited if it can be, and has no meaning otherwise."""
 
 FIND_GATEWAY_S: Final = 10.0
 """How long a gateway that takes the subscription is looked for when it starts."""
@@ -43,9 +49,12 @@ CALL_TIMEOUT_S: Final = 5.0
 
 _SUBSCRIBE: Final = Atom("subscribe")
 
+log = structlog.get_logger(__name__)
+
 
 class EventSubscription:
-    """Made by `Gateway.subscribe`. Iterate over it, or over what `async with` gives, which stops it at the end.
+    """Made by `Gateway.subscribe`. Iterate over it, or over what `async with` gives, which stops it at the end; or `run`
+    a callback.
 
     Raises in iteration what `Gateway` raises, when the subscription is refused or its gateway is gone for good.
     """
@@ -103,6 +112,30 @@ class EventSubscription:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    async def run(self, handler: Handler) -> None:
+        """Call `handler` with one event after the other, until `stop` is called; it stops at the end in any case.
+
+        An event is acknowledged when its handler has returned, unless the handler has called `nack` for it; with
+        `auto_ack=False` the handler calls `ack` as well. An event whose handler raises an exception is logged and
+        delivered again after a pause (`nack` with `retry`), at most `max_retries` times; then it is parked. Events
+        of its stream that are here already (at most `window`) are handled before it comes again: where that must not
+        be, subscribe with `window=1`. When `run` is cancelled the event in hand is not acknowledged.
+        """
+        async with self:
+            async for event in self:
+                try:
+                    result = handler(event)
+                    if isawaitable(result):
+                        await result
+                except Exception as error:
+                    log.warning(
+                        "handler_failed",
+                        stream=event.event_stream_id,
+                        number=event.event_number,
+                        error=described(error),
+                    )
+                    await self.nack(event, "retry")
 
     # What can be done
 
