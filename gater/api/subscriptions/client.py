@@ -53,8 +53,8 @@ log = structlog.get_logger(__name__)
 
 
 class EventSubscription:
-    """Made by `Gateway.subscribe`. Iterate over it, or over what `async with` gives, which stops it at the end; or `run`
-    a callback.
+    """Made by `Gateway.subscribe`. Iterate over it, or over what `async with` gives, which stops it at the end; or have
+    `run` call a callback.
 
     Raises in iteration what `Gateway` raises, when the subscription is refused or its gateway is gone for good.
     """

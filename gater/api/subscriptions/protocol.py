@@ -19,7 +19,7 @@ from gater.erl.terms import Atom, EncodedTerm, Term
 
 Key: TypeAlias = Hashable
 SubscriberId: TypeAlias = Hashable
-"""A pid, or whatever stands for a Python subscriber."""
+"""A pid; in tests of the engine whatever stands for one."""
 
 DEFAULT_WINDOW: Final = 100
 """Events a subscriber may hold without acknowledging them."""

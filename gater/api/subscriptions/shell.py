@@ -1,7 +1,7 @@
 """Runs the feed of one store: carries out its effects, keeps its time, watches its subscribers.
 
-A subscriber is a pid of any node, which gets `{:events, [event]}`, or a Python callable, which gets the list of event
-records. Whose subscriptions are run here, and what is saved of them, is decided in `door.py`.
+A subscriber is a pid of any node, which gets `{:events, [event]}`. Whose subscriptions are run here, and what is saved
+of them, is decided in `door.py`.
 """
 
 from __future__ import annotations
@@ -280,9 +280,7 @@ class StoreFeed:
 
     def _deliver(self, effect: p.Deliver) -> None:
         subscriber, node = effect.subscriber, self._node
-        if not isinstance(subscriber, Pid):
-            self._call(subscriber, [event.record for event in effect.events])
-            return
+        assert isinstance(subscriber, Pid)
         try:
             if subscriber.node is node.name:
                 node.send(subscriber, events_message([event.record for event in effect.events]))
@@ -294,14 +292,6 @@ class StoreFeed:
         connection = node.peers.table.get(subscriber.node)
         if connection is not None and connection.busy:
             self._is_busy(subscriber)
-
-    def _call(self, subscriber: Any, records: list[Term]) -> None:
-        try:
-            subscriber(records)
-        except Exception as error:
-            # A callback that cannot take events is as good as one that is gone.
-            log.error("subscriber_failed", store=str(self.store), error=described(error))
-            self._loop.call_soon(self.down, subscriber)
 
     def _is_busy(self, subscriber: Pid) -> None:
         waiting = self._busy.get(subscriber.node)
