@@ -31,6 +31,8 @@ run: $(VENV)/.stamp-run
 	exec $(BIN)/gater start $(RUN) $(ARGS)
 
 TESTS := tests erlang_interop_tests
+# With it set pytest would rewrite the assertions of every file anew in each worker.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.stamp-test beam
 	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
 

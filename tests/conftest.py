@@ -8,9 +8,17 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gater import system
+
 # How long an example takes says more about what else the machine is doing than about the code.
 settings.register_profile("gater", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gater")
+
+
+@pytest.fixture(autouse=True)
+def _quick_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway joins the cluster of names at once. A stop, which frees its names, would wait for that otherwise."""
+    monkeypatch.setattr(system, "SYNC_NODES_TIMEOUT_S", 0.02)
 
 
 @pytest.fixture

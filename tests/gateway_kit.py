@@ -397,7 +397,7 @@ def function_door(caller: Node, system: System) -> Ask:
     """Door (a): the functions of `ExESDBGater.API`."""
 
     async def ask(op: str, *arguments: Term) -> Term:
-        return await erpc_call(caller, system.node.name, API_MODULE, op, arguments, timeout_s=DEADLINE_S * 4)
+        return await erpc_call(caller, system.node.name, API_MODULE, op, arguments, timeout_s=DEADLINE_S)
 
     return ask
 
@@ -407,7 +407,7 @@ def server_door(caller: Node, system: System) -> Ask:
 
     async def ask(op: str, *arguments: Term) -> Term:
         target = (Atom(API_MODULE), system.node.name)
-        return await call(caller, target, (Atom(op), *arguments), timeout_s=DEADLINE_S * 4)
+        return await call(caller, target, (Atom(op), *arguments), timeout_s=DEADLINE_S)
 
     return ask
 

@@ -56,7 +56,7 @@ def test_blocks_are_cut_as_they_were_joined() -> None:
 
 @pytest.mark.parametrize("case", flat.CASES)
 def test_time_per_byte_does_not_grow_with_the_size(case: str) -> None:
-    small, _ = flat.nanoseconds_per_byte(case, 10_000, seconds=0.02)
-    large, _ = flat.nanoseconds_per_byte(case, 300_000, seconds=0.02)
+    small, _ = flat.nanoseconds_per_byte(case, 5_000, seconds=0.01)
+    large, _ = flat.nanoseconds_per_byte(case, 150_000, seconds=0.01)
     # Thirty times the size: quadratic time would make a byte thirty times as dear.
     assert large < flat.MAX_RATIO * max(small, 1.0)

@@ -15,7 +15,6 @@ from node_kit import COOKIE, wait_until
 from structlog.testing import capture_logs
 
 from gater import Gateway, RequestFailed
-from gater import system as system_module
 from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent, RecordedEvent
 from gater.api.subscriptions.client import EventSubscription, Handler
@@ -85,12 +84,6 @@ async def open_house(directory: Path, **settings: Any) -> AsyncIterator[House]:
         caller_node(system.settings.epmd_port) as caller,
     ):
         yield House(system, caller, function_door(caller, system))
-
-
-@pytest.fixture(autouse=True)
-def quick_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are free to be registered at once: there is nobody to wait for."""
-    monkeypatch.setattr(system_module, "SYNC_NODES_TIMEOUT_S", 0.05)
 
 
 @pytest.fixture

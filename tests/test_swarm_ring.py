@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gater.erl.etf import decode
@@ -49,6 +49,7 @@ def test_adding_a_node_twice_and_removing_an_absent_one_change_nothing():
     assert ring.nodes == [NODES[2], NODES[1], NODES[0]]
 
 
+@settings(max_examples=20)
 @given(st.permutations(NODES), st.integers(1, 6), st.lists(st.binary(max_size=8), min_size=1, max_size=10))
 def test_the_preference_of_a_key_is_the_order_in_which_nodes_inherit_it(nodes, gone, keys):
     ring = ring_of(nodes)

@@ -25,11 +25,6 @@ OK = schema.OK
 WORKER = Atom("gateway_worker")
 
 
-@pytest.fixture(autouse=True)
-def _quick_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gater.system.SYNC_NODES_TIMEOUT_S", 0.02)
-
-
 class Member:
     """Another member of the Swarm cluster: a program that uses gateways or, with `ex_esdb`, a store node."""
 
