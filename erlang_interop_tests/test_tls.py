@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import functools
 import ipaddress
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from erlang_interop_tests.beam import BeamNode, Beams, unique_name
+from erlang_interop_tests.beam import START_TIMEOUT_S, BeamNode, Beams, unique_name
 from erlang_interop_tests.python_node import Server
 from gater.erl import Node, NodeOptions, NodeTls, make_node
 from gater.erl.errors import ErlError, NodeError
@@ -99,9 +102,29 @@ def files(tmp_path: Path) -> Files:
     return make_files(tmp_path / "ours")
 
 
+@functools.cache
+def borrowed() -> list[str]:
+    """The directories of code that the OTP 28 of these tests lacks, of the `erl` that is installed."""
+    directories = "[filename:join(code:lib_dir(Name), ebin) || Name <- [ssl, public_key, asn1]]"
+    done = subprocess.run(
+        ["erl", "-noinput", "-eval", f'io:put_chars(lists:join("\\n", {directories})), halt().'],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=START_TIMEOUT_S,
+    )
+    return done.stdout.split()
+
+
+async def start_beam(beam: Beams, otp: int, arguments: list[str]) -> BeamNode:
+    """A node that is distributed over TLS; one of OTP 28 has the installed OTP's `ssl` and its own `crypto`."""
+    code = ["-pa", *await asyncio.to_thread(borrowed)] if otp == 28 else []
+    return await beam.start("erlang", otp=otp, arguments=[*code, *arguments])
+
+
 @pytest.fixture
-async def tls_node(beam: Beams, files: Files) -> BeamNode:
-    return await beam.start("erlang", arguments=files.erl_arguments())
+async def tls_node(beam: Beams, otp: int, files: Files) -> BeamNode:
+    return await start_beam(beam, otp, files.erl_arguments())
 
 
 async def python(beam: Beams, files: Files | None) -> Node:
@@ -140,20 +163,20 @@ async def test_a_certificate_of_another_authority_is_refused_both_ways(
         assert node.nodes() == []
 
 
-async def test_a_beam_without_a_certificate_is_refused(beam: Beams, files: Files) -> None:
+async def test_a_beam_without_a_certificate_is_refused(beam: Beams, otp: int, files: Files) -> None:
     arguments = files.erl_arguments()
     for option in ("client_certfile", "client_keyfile"):
         at = arguments.index(option)
         del arguments[at - 1 : at + 2]
-    peer = await beam.start("erlang", arguments=arguments)
+    peer = await start_beam(beam, otp, arguments)
     async with await python(beam, files) as node:
         assert await peer.eval("net_adm:ping(N)", N=node.name) is Atom("pang")
         assert node.nodes() == []
 
 
-async def test_a_certificate_for_another_host_is_refused(beam: Beams, files: Files, tmp_path: Path) -> None:
+async def test_a_certificate_for_another_host_is_refused(beam: Beams, otp: int, files: Files, tmp_path: Path) -> None:
     elsewhere = make_files(tmp_path / "elsewhere", "127.0.0.2")
-    peer = await beam.start("erlang", arguments=elsewhere.erl_arguments())
+    peer = await start_beam(beam, otp, elsewhere.erl_arguments())
     known = Files(files.certificate, files.key, elsewhere.authority)
     async with await python(beam, known) as node:
         with pytest.raises(ErlError, match=r"127\.0\.0\.1"):
