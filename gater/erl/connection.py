@@ -199,6 +199,14 @@ _NUMBERED: Final = frozenset(
 )
 
 
+def _write_pieces(transport: asyncio.Transport, pieces: list[bytes | memoryview]) -> None:
+    """Write them without joining them first. `write` makes the transport say `pause_writing` when it has too much;
+    `writelines` alone does not in the first releases of Python 3.12 and 3.13, and then `resume_writing` never comes."""
+    *first, last = pieces
+    transport.writelines(first)
+    transport.write(last)
+
+
 def _ends(message: tuple[Term, ...]) -> tuple[int, Term, Term]:
     """Opcode, sender and receiver of a control message."""
     opcode = message[0]
@@ -423,7 +431,7 @@ class Connection:
         if self._out_bytes <= JOIN_BYTES:
             transport.write(b"".join(self._out))
         else:
-            transport.writelines(self._out)
+            _write_pieces(transport, self._out)
         self._out = []
         self._out_bytes = 0
         self._sent_since_tick = True
@@ -435,7 +443,7 @@ class Connection:
             fragment = next(large.frames, None)
             if fragment is not None:
                 size = sum(map(len, fragment))
-                transport.writelines([_pack_length(size), *fragment])
+                _write_pieces(transport, [_pack_length(size), *fragment])
                 self._large.rotate(-1)
                 self._sent_since_tick = True
                 continue
