@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ GRACE_MS: Final = 200
 MEMBERS: Final = 3
 SETTLE_S: Final = 2.0
 """From the last fault to the verdict: what was frozen finishes what it had begun."""
+MAX_BEHIND_TOLD: Final = 20
+"""Reads behind what their reader knew that the report tells one by one."""
 
 _SOURCE: Final = Path(__file__).resolve().parent / "chaos_writers.exs"
 _READ_ALL: Final = """
@@ -106,11 +108,20 @@ class Read(NamedTuple):
 
     stream: bytes
     known: int
-    """The version of which this writer knew already."""
+    """The version of which this writer knew already ..."""
+    told_by: Term
+    """... by whose answer, ..."""
+    told_at_us: int
+    """... and since when."""
     answer: Any
     at_us: int
     elapsed_us: int
     who: Term
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the answer is older than what its reader knew."""
+        return bool(self.answer[0] is OK and self.answer[1] < self.known)
 
 
 @dataclass
@@ -152,14 +163,30 @@ class Verdict:
         shares = [f"{ok[int(len(ok) * share)]:.1f}" if ok else "-" for share in (0.5, 0.99)]
         return f"| {kind} | {len(times)} | {len(ok)} | {shares[0]} | {shares[1]} | {unknown} |"
 
-    def _line_of_reads(self) -> str:
+    def _lines_of_reads(self) -> Iterator[str]:
         answered = [each for each in self.reads if each.answer[0] is OK]
-        behind = sum(each.answer[1] < each.known for each in answered)
         took = sorted(each.elapsed_us / 1000 for each in answered)
         shares = f"p50 {took[len(took) // 2]:.1f} ms, max {took[-1]:.0f} ms" if took else "-"
+        behind = [each for each in answered if each.is_behind]
+        own = sum(each.told_by is each.who for each in behind)
+        yield (
+            f"Reads of a version: {len(self.reads)}, answered `{{:ok, _}}` {len(answered)} ({shares}), behind what "
+            f"their reader knew {len(behind)}: {own} from the very gateway, {len(behind) - own} from another."
+        )
+        yield from (f"- {self._told_of(each)}" for each in behind[:MAX_BEHIND_TOLD])
+
+    def _told_of(self, read: Read) -> str:
+        until = read.at_us + read.elapsed_us
+        lately = {
+            f"{fault.kind} {fault.whom}"
+            for fault in self.faults
+            if fault.began * 1e6 < until and read.at_us < (fault.ended + SETTLE_S) * 1e6
+        }
+        since_ms = (read.at_us - read.told_at_us) / 1000
         return (
-            f"Reads of a version: {len(self.reads)}, answered `{{:ok, _}}` {len(answered)} ({shares}), "
-            f"behind what their reader knew {behind}."
+            f"{read.stream.decode()}: {read.who} answered {read.answer[1]} in {read.elapsed_us / 1000:.0f} ms; "
+            f"{read.told_by} had said {read.known} {since_ms:.0f} ms before "
+            f"(lately: {', '.join(sorted(lately)) or 'nothing'})"
         )
 
     def report(self) -> str:
@@ -182,7 +209,7 @@ class Verdict:
             shares = ", ".join(f"p{100 * share:g} {self.percentile(share):.1f}" for share in (0.5, 0.9, 0.99, 0.999))
             lines.append(f"Appends answered `{{:ok, _}}`, milliseconds: {shares}, max {self.latencies_ms[-1]:.0f}.")
         lines.append(f"Slowest answer of any kind: {self.slowest_ms:.0f} ms.")
-        lines.append(self._line_of_reads())
+        lines.extend(self._lines_of_reads())
         if self.exits:
             lines.append("Calls without an answer: " + ", ".join(f"{kind} {n}" for kind, n in self.exits.items()) + ".")
         lines += ["", f"**Violations: {sum(self.violations.values())}** {dict(self.violations) or ''}".rstrip()]

@@ -5,7 +5,8 @@ defmodule Chaos.Writers do
   @moduledoc """
   `start(options)` starts writers, `stop/0` ends them after the call each is in, `save(path)` writes their records and forgets them:
   `{stream, expected, ids, answer, at_us, elapsed_us, who}`, `answer` being what came, or `{:exit, reason}`. Reads are
-  recorded as `{:read, stream, known, answer, at_us, elapsed_us, who}`, `known` being the version this writer knew of.
+  recorded as `{:read, stream, known, told_by, told_at_us, answer, at_us, elapsed_us, who}`, `known` being the highest version
+  that this writer had been told before, and by whom (-1 and nil: none).
   """
 
   @store :reg_gh
@@ -97,19 +98,26 @@ defmodule Chaos.Writers do
     state = %{state | next: state.next + 1}
 
     case answer do
-      {:ok, version} -> put_in(state.versions[stream], version)
-      {:error, {:wrong_expected_version, version}} -> put_in(state.versions[stream], version)
+      {:ok, version} -> told(state, stream, version, who)
+      {:error, {:wrong_expected_version, version}} -> told(state, stream, version, who)
       {:error, {:partially_appended, _, _}} -> state
       _ -> elsewhere(state)
     end
   end
+
+  defp told(state, stream, version, who) do
+    {known, _, _} = known(state, stream)
+    if version < known, do: state, else: put_in(state.versions[stream], {version, who, System.system_time(:microsecond)})
+  end
+
+  defp known(state, stream), do: Map.get(state.versions, stream, {-1, nil, 0})
 
   # Mostly what a program does: read, decide, append where it has read. Also what is out of date, or too far ahead.
   defp expected(state, stream) do
     luck = :rand.uniform()
 
     cond do
-      luck < 0.15 -> {Map.get(state.versions, stream, -1), state}
+      luck < 0.15 -> {elem(known(state, stream), 0), state}
       luck < 0.35 -> {Enum.random([nil, :any]), state}
       luck < 0.38 -> {:stream_exists, state}
       true -> ask_version(state, stream, if(luck < 0.40, do: 2, else: 0))
@@ -117,8 +125,9 @@ defmodule Chaos.Writers do
   end
 
   defp ask_version(state, stream, ahead) do
+    {known, told_by, told_at} = known(state, stream)
     {answer, at, elapsed, who} = call(state, {:get_version, @store, stream})
-    :ets.insert(:chaos_records, {{:read, stream, Map.get(state.versions, stream, -1), answer, at, elapsed, who}})
+    :ets.insert(:chaos_records, {{:read, stream, known, told_by, told_at, answer, at, elapsed, who}})
 
     case answer do
       {:ok, version} -> {version + ahead, state}
