@@ -323,6 +323,24 @@ async def test_what_was_written_is_read_though_the_next_owner_lags(home: House) 
     await home.cluster.reset()
 
 
+async def test_what_was_written_through_another_gateway_is_read_though_the_owner_lags(home: House) -> None:
+    leader = await home.cluster.leader(STORE)
+    assert leader is not None
+    owner = min({0, 1, 2} - {leader})
+    stream = stream_of(home.cluster, owner)
+    assert await home.call(1, "get_version", THE_STORE, stream) == (OK, -1)
+    # Only one of the gateways does without the owner, and nobody tells the other one but the first.
+    await home.cluster.set("replication_lag_ms", 600, member=owner)
+    await home.cluster.cut(owner, [home.gaters[0].name])
+    try:
+        for number in range(3):
+            assert await append(home, stream, number) == (OK, number)
+            assert await home.call(1, "get_version", THE_STORE, stream) == (OK, number)
+    finally:
+        await home.cluster.heal(owner, [home.gaters[0].name])
+        await home.cluster.reset()
+
+
 async def test_appends_by_workers_follow_a_change_of_owner_though_followers_lag() -> None:
     async with beams() as beam, house(beam, khepri=False) as home:
         owner, successor, other = 0, 1, 2

@@ -185,12 +185,16 @@ class StoreNode:
         exports.add("Elixir.ExESDB.StreamsHelper", "to_event_record", lambda *_: None, arities=[5])
         for function, arity in (("put", 4), ("get", 2)):
             exports.add("khepri", function, lambda *_: None, arities=[arity])
-        exports.add("khepri", "fence", lambda store, timeout_ms: schema.OK)
+        exports.add("khepri", "fence", self._fence)
         exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
         exports.add("timer", "tc", self._timed)
         exports.add("erl_scan", "string", lambda text: (schema.OK, [], 1))
         exports.add("erl_parse", "parse_exprs", lambda tokens: (schema.OK, [Atom("guarded_append")]))
         exports.add("erl_eval", "exprs", self._evaluate)
+
+    def _fence(self, store: Atom, timeout_ms: int) -> Term:
+        self.cluster.fenced.append(self.node.name)
+        return self.cluster.fence_answer
 
     async def _timed(self, module: Atom, function: Atom, arguments: list[Term]) -> Term:
         assert (str(module), str(function)) == ("khepri_adv", "get_many")
@@ -247,6 +251,10 @@ class Cluster:
         """The node of every guarded append, in order."""
         self.guarded_steps: deque[GuardedStep] = deque()
         """What is done with the next guarded appends instead of carrying them out."""
+        self.fenced: list[Atom] = []
+        """The node of every `khepri:fence/2`, in order, ..."""
+        self.fence_answer: Term = schema.OK
+        """... and what it is answered."""
         self.restart_workers = True
         self.registry: Callable[[], Term] | None = None
         """What `Swarm.registered/0` answers instead of the workers that are alive."""

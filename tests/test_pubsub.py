@@ -130,10 +130,10 @@ def test_topics_have_a_store_or_the_cluster_before_the_colon() -> None:
 
 
 def test_gateways_tell_each_other_of_appends() -> None:
-    told = parse_appended(appended_message(Atom("s"), "orders-1", 7))
-    assert told == (Atom("s"), b"orders-1", 7)
-    assert parse_appended((Atom("gater_appended"), Atom("s"), b"orders-1", -1)) is None
-    assert parse_appended((Atom("gater_appended"), Atom("s"), b"orders-1", True)) is None
+    told = parse_appended(appended_message(Atom("s"), "orders-1", 7, Atom("a@h")))
+    assert told == (Atom("s"), b"orders-1", 7, Atom("a@h"))
+    assert parse_appended((Atom("gater_appended"), Atom("s"), b"orders-1", -1, Atom("a@h"))) is None
+    assert parse_appended((Atom("gater_appended"), Atom("s"), b"orders-1", True, Atom("a@h"))) is None
 
 
 class ScriptedGroups:

@@ -45,7 +45,8 @@ MAX_WRITES_PER_NODE: Final = 64
 and time out."""
 
 MAX_REMEMBERED_STREAMS: Final = 100_000
-"""Streams whose last version and owner are remembered: at some 200 bytes each, 20 MB."""
+"""Streams whose last version and owner are remembered, and as many that others have told of: at some 200 bytes each,
+20 MB."""
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +66,8 @@ class Appends:
         self.service = service
         self._queues: dict[tuple[Atom, bytes], deque[_AppendCall]] = {}
         self._remembered: OrderedDict[tuple[Atom, bytes], Remembered] = OrderedDict()
+        self._heard: OrderedDict[tuple[Atom, bytes], Remembered] = OrderedDict()
+        """The same of appends that went through other gateways."""
         self._writing: dict[Atom, int] = {}
         self._waiting: dict[Atom, deque[tuple[_AppendCall, Write]]] = {}
         self._quiet_until: dict[Atom, float] = {}
@@ -140,10 +143,29 @@ class Appends:
 
     def remember(self, key: tuple[Atom, bytes], version: int, owner: Atom) -> None:
         """The stream is at `version` now."""
-        self._remembered[key] = Remembered(version, owner, asyncio.get_running_loop().time())
-        self._remembered.move_to_end(key)
-        if len(self._remembered) > MAX_REMEMBERED_STREAMS:
-            self._remembered.popitem(last=False)
+        _remember(self._remembered, key, version, owner)
+
+    def hear(self, key: tuple[Atom, bytes], version: int, owner: Atom) -> None:
+        """Another gateway has brought the stream to `version`."""
+        heard = self._heard.get(key)
+        # What several gateways tell may come in any order.
+        if heard is None or heard.version < version:
+            _remember(self._heard, key, version, owner)
+
+    def latest(self, key: tuple[Atom, bytes]) -> Remembered | None:
+        """The latest append of a stream that is known of, whichever gateway it went through. Its owner has all earlier
+        ones too."""
+        own, heard = self._remembered.get(key), self._heard.get(key)
+        return own if heard is None or (own is not None and own.version >= heard.version) else heard
+
+
+def _remember(
+    streams: OrderedDict[tuple[Atom, bytes], Remembered], key: tuple[Atom, bytes], version: int, owner: Atom
+) -> None:
+    streams[key] = Remembered(version, owner, asyncio.get_running_loop().time())
+    streams.move_to_end(key)
+    if len(streams) > MAX_REMEMBERED_STREAMS:
+        streams.popitem(last=False)
 
 
 class _AppendCall:
@@ -605,7 +627,7 @@ class _AppendCall:
         try:
             on_reply(done.reply)
             if done.reply[0] is schema.OK:
-                self._service.appended(self._store, self._stream, done.reply[1], self._records)
+                self._service.appended(self._store, self._stream, done.reply[1], self._node, self._records)
         finally:
             self._appends.finished(self)
 

@@ -33,7 +33,7 @@ from gater.api.appends import Appends, events_to_send
 from gater.api.router import Router, Worker
 from gater.api.schema import Rejected, Request, check_request
 from gater.erl import etf
-from gater.erl.errors import CallError, EncodeError, ErlangException, NoProcess
+from gater.erl.errors import CallError, EncodeError, ErlangError, ErlangException, NoProcess
 from gater.erl.gen_server import PendingCall, cast, down_error
 from gater.erl.node import Monitor, Node
 from gater.erl.rpc import PendingRpc
@@ -68,6 +68,8 @@ MAX_ATOMS_KEPT: Final = 10_000
 
 _REPLY_LEVELS: Final = 1
 
+_FENCE: Final = (Atom("khepri"), Atom("fence"))
+
 _ABOUT_SUBSCRIPTIONS: Final = frozenset({"save_subscription", "remove_subscription", "ack_event", "nack_event"})
 
 log = structlog.get_logger(__name__)
@@ -97,7 +99,7 @@ class SubscriptionDoor(Protocol):
 
     def follows(self, store: Atom, /) -> bool: ...
 
-    def appended(self, store: Atom, stream: bytes, version: int, records: Sequence[Term], /) -> None: ...
+    def appended(self, store: Atom, stream: bytes, version: int, node: Atom, records: Sequence[Term], /) -> None: ...
 
 
 class Registries(Protocol):
@@ -141,6 +143,8 @@ class Service:
         self._idle: list[asyncio.Future[None]] = []
         self._caught_up: dict[tuple[Atom, Atom], float] = {}
         """When a node (of a store) was last known to have everything; it follows from then on, a little behind."""
+        self._fenceless: set[Atom] = set()
+        """Nodes that do not offer `khepri:fence/2`."""
         self._fences: dict[tuple[Atom, Atom], list[Callable[[bool], None]]] = {}
         """The fences under way, and who came too late for them: those wait for the next."""
 
@@ -237,10 +241,17 @@ class Service:
         """Whether somebody here wants to know what is appended to `store`, and not only that."""
         return self.subscriptions is not None and self.subscriptions.follows(store)
 
-    def appended(self, store: Atom, stream: bytes, version: Term, records: Sequence[Term] = ()) -> None:
-        """An append is done: the stream is at this version, `records` are its last events if they are known."""
+    def appended(
+        self, store: Atom, stream: bytes, version: Term, node: Atom | None = None, records: Sequence[Term] = ()
+    ) -> None:
+        """An append is done, on `node` (None: here): the stream is at this version, `records` are its last events if
+        they are known."""
         if self.subscriptions is not None and type(version) is int and version >= 0:
-            self.subscriptions.appended(store, stream, version, records)
+            self.subscriptions.appended(store, stream, version, node or self.node.name, records)
+
+    def appended_elsewhere(self, store: Atom, stream: bytes, version: int, node: Atom) -> None:
+        """An append has been done on `node` that went through another gateway."""
+        self._appends.hear((store, stream), version, node)
 
     def guarded_form(self, node: Atom) -> guarded.Forms | None:
         """The expressions for guarded appends on `node`; None if its workers' appends are to be used."""
@@ -354,20 +365,33 @@ class Service:
         """A node was out of reach: it may have missed something."""
         for key in [key for key in self._caught_up if key[1] is node]:
             del self._caught_up[key]
+        # It may be another version when it comes back.
+        self._fenceless.discard(node)
 
     def lags(self, store: Atom, stream: bytes, node: Atom) -> bool:
         """Whether a read of this stream on `node` might miss what was appended before: the node was out of reach, or
-        the last append went to another one. Where a store has no quorum, reads go on all the same."""
-        if self.guarded_form(node) is None or self.quorum(store) is not None:
-            return False
+        the last append went to another one."""
+        last = self._appends.latest((store, stream))
+        wrote_elsewhere = last is not None and last.owner is not node
+        if node in self._fenceless:
+            return wrote_elsewhere
         caught_up = self._caught_up.get((store, node))
-        if caught_up is None:
-            return True
-        last = self._appends.remembered((store, stream))
-        return last is not None and last.owner is not node and last.at > caught_up
+        return caught_up is None or (last is not None and wrote_elsewhere and last.at > caught_up)
+
+    def can_catch_up(self, store: Atom, node: Atom) -> bool:
+        """Whether it makes sense to wait for `catch_up`: not without a fence, and not without a majority."""
+        return node not in self._fenceless and self.quorum(store) is None
+
+    def last_writer(self, store: Atom, stream: bytes) -> Worker | None:
+        """A worker on the node that carried out the last append of this stream, if requests are sent there."""
+        last = self._appends.latest((store, stream))
+        if last is None or not self.router.allows(last.owner, asyncio.get_running_loop().time()):
+            return None
+        return self.router.worker_on(store, last.owner)
 
     def catch_up(self, store: Atom, node: Atom, on_done: Callable[[bool], None]) -> None:
-        """Wait until `node` has everything that is committed now (`khepri:fence/2`); `on_done(whether it has)`."""
+        """Wait until `node` has everything that is committed now (`khepri:fence/2`); `on_done(whether it has)`. Where
+        there is no such function nobody can wait: then it counts as caught up."""
         waiting = self._fences.get((store, node))
         if waiting is None:
             self._fences[store, node] = []
@@ -382,6 +406,9 @@ class Service:
             has_all = error is None and result is schema.OK
             if has_all:
                 self._caught_up[store, node] = began
+            elif isinstance(error, ErlangError) and _is_undefined(error.reason):
+                self._fenceless.add(node)
+                has_all = True
             late, self._fences[store, node] = self._fences[store, node], []
             if late:
                 self._fence(store, node, late)
@@ -390,7 +417,7 @@ class Service:
             for on_done in callers:
                 on_done(has_all)
 
-        mfa: tuple[Atom, Atom, list[Term]] = (Atom("khepri"), Atom("fence"), [store, round(FENCE_S * 1000)])
+        mfa: tuple[Atom, Atom, list[Term]] = (*_FENCE, [store, round(FENCE_S * 1000)])
         PendingRpc(self.node, node, mfa, done, FENCE_S)
 
     # Workers
@@ -499,18 +526,27 @@ class _Call:
                 service.refresh(self._refreshed)
             return
         if (
-            request.store is not None
-            and request.stream is not None
-            and request.idempotent
-            and service.lags(request.store, request.stream, worker.node)
+            worker.store is None
+            or request.stream is None
+            or not request.idempotent
+            or not service.lags(worker.store, request.stream, worker.node)
         ):
-            chosen = worker
-            service.catch_up(request.store, worker.node, lambda has_all: self._caught_up(chosen, has_all))
-        else:
             self._ask(worker, now)
+        elif service.can_catch_up(worker.store, worker.node):
+            service.catch_up(worker.store, worker.node, lambda has_all: self._caught_up(worker, has_all))
+        else:
+            self._ask(self._last_writer(self._tried) or worker, now)
+
+    def _last_writer(self, avoid: Collection[Atom] = ()) -> Worker | None:
+        """Who has at least what was appended last through this gateway, if it has not been asked yet."""
+        store, stream = self._request.store, self._request.stream
+        writer = None if store is None or stream is None else self._service.last_writer(store, stream)
+        if writer is None or writer.node in avoid or any(asked.node is writer.node for asked in self._asked):
+            return None
+        return writer
 
     def _caught_up(self, worker: Worker, has_all: bool) -> None:
-        """Ask `worker`, whose node has caught up; if it has not, another one, and this one if there is none."""
+        """Ask `worker`, whose node has caught up; if it has not, another one. If none can, reads go on all the same."""
         if self._on_reply is None:
             return
         service, request = self._service, self._request
@@ -520,6 +556,7 @@ class _Call:
             if service.router.choose(request.store, request.stream, now, self._tried) is not None:
                 self._send()
                 return
+            worker = self._last_writer() or worker
         if service.router.has(worker):
             self._ask(worker, now)
         else:
@@ -645,6 +682,14 @@ class _Call:
         self._timer.cancel()
         self._service.done()
         on_reply(reply)
+
+
+def _is_undefined(reason: Term) -> bool:
+    """Whether a call of `khepri:fence/2` failed because there is no such function."""
+    match reason:
+        case (_, Atom(name="undef"), [(module, function, *_), *_]):
+            return (module, function) == _FENCE
+    return False
 
 
 def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:

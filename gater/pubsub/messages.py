@@ -71,6 +71,9 @@ _HEALTH_MESSAGES: Final = "Elixir.ExESDBGater.Messages.HealthMessages"
 NodeEvent: TypeAlias = Literal["nodeup", "nodedown"]
 Health: TypeAlias = Literal["healthy", "degraded", "unhealthy", "unknown"]
 
+APPENDED_TOPIC: Final = "gater:appended"
+"""The topic of gater's own on which gateways tell each other of appends."""
+
 _APPENDED: Final = Atom("gater_appended")
 _TRANSIENT: Final = b"transient"
 
@@ -158,30 +161,27 @@ def parse_events(message: Term) -> list[Mapping[Term, Term]] | None:
 
 
 class Appended(NamedTuple):
-    """One gateway tells the others: this stream of this store has come to this version."""
+    """One gateway tells the others: this stream of this store has come to this version, on this node."""
 
     store: Atom
     stream: bytes
     version: int
+    node: Atom
 
 
-def appended_topic(store: str | Atom) -> str:
-    """The topic of gater's own on which gateways tell each other of appends."""
-    return f"gater:appended:{store}"
-
-
-def appended_message(store: Atom, stream: str | bytes, version: int) -> Term:
-    """`{:gater_appended, store, stream, version}`, version being the number of the stream's last event."""
-    return (_APPENDED, store, _binary(stream), version)
+def appended_message(store: Atom, stream: str | bytes, version: int, node: Atom) -> Term:
+    """`{:gater_appended, store, stream, version, node}`, version being the number of the stream's last event, node the
+    one that has carried out the append. For the topic `APPENDED_TOPIC`."""
+    return (_APPENDED, store, _binary(stream), version, node)
 
 
 def parse_appended(message: Term) -> Appended | None:
-    """The notice in a message on `appended_topic`; None if it is something else."""
+    """The notice in a message on `APPENDED_TOPIC`; None if it is something else."""
     match message:
-        case (kind, Atom() as store, bytes() as stream, version) if (
+        case (kind, Atom() as store, bytes() as stream, version, Atom() as node) if (
             kind is _APPENDED and type(version) is int and version >= 0
         ):
-            return Appended(store, stream, version)
+            return Appended(store, stream, version, node)
     return None
 
 

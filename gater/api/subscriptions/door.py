@@ -30,7 +30,7 @@ from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_
 from gater.erl.process import SHUTDOWN, described
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.adapter import PubSub
-from gater.pubsub.messages import appended_message, appended_topic, parse_appended, parse_events, store_topic
+from gater.pubsub.messages import APPENDED_TOPIC, appended_message, parse_appended, parse_events, store_topic
 from gater.settings import DEFAULT_PUB_SUB
 from gater.swarm.messages import AddMeta, Track, UntrackName, registered_elsewhere
 from gater.swarm.registry import Entry
@@ -161,12 +161,14 @@ class Subscriptions:
         self._unsubscribe: list[Callable[[], None]] = []
         self._stopping = False
         self._end_watch: Callable[[], None] = lambda: None
-        self._told: dict[tuple[Atom, bytes], int] = {}
+        self._told: dict[tuple[Atom, bytes], tuple[int, Atom]] = {}
 
     def start(self, pubsub: PubSub | None = None, events_server: str = DEFAULT_PUB_SUB) -> None:
         """Take requests. `pubsub` brings hints, and tells other gateways of appends, by the server for events."""
         self._pubsub = pubsub
         self._events_server = events_server
+        if pubsub is not None:
+            self._unsubscribe.append(pubsub[events_server].subscribe(APPENDED_TOPIC, self._heard))
         self._service.subscriptions = self
         if self._swarm is not None:
             self._end_watch = self._swarm.watch_starting_with(SUBSCRIPTION, self._name_changed)
@@ -192,7 +194,6 @@ class Subscriptions:
             feed.on_subscribers = lambda key: self._subscribers_changed(store, key)
             if self._pubsub is not None:
                 server = self._pubsub[self._events_server]
-                self._unsubscribe.append(server.subscribe(appended_topic(store), self._heard))
                 self._unsubscribe.append(
                     server.subscribe(store_topic(store, "$all"), lambda _, message: self._heard_events(store, message))
                 )
@@ -205,22 +206,23 @@ class Subscriptions:
         feed = self._feeds.get(store)
         return feed is not None and not feed.is_empty
 
-    def appended(self, store: Atom, stream: bytes, version: int, records: Sequence[Term] = ()) -> None:
-        """An append that went through this gateway: a hint for us and, once a turn of the loop, for the others."""
+    def appended(self, store: Atom, stream: bytes, version: int, node: Atom, records: Sequence[Term] = ()) -> None:
+        """An append on `node` that went through this gateway: a hint for us and, once a turn of the loop, for the
+        others."""
         self._hint(store, stream, version, records)
         if self._pubsub is not None:
             if not self._told:
                 asyncio.get_running_loop().call_soon(self._tell_others)
-            self._told[store, stream] = version
+            self._told[store, stream] = version, node
 
     def _tell_others(self) -> None:
         told, self._told = self._told, {}
         if self._pubsub is not None:
             server = self._pubsub[self._events_server]
             gateways = self._other_gateways()
-            for (store, stream), version in told.items():
-                for node in gateways:
-                    server.direct_broadcast(node, appended_topic(store), appended_message(store, stream, version))
+            for (store, stream), (version, node) in told.items():
+                for gateway in gateways:
+                    server.direct_broadcast(gateway, APPENDED_TOPIC, appended_message(store, stream, version, node))
 
     def _other_gateways(self) -> set[Atom]:
         """The nodes with an API server: store nodes are members of the server too and have no use for this."""
@@ -232,6 +234,7 @@ class Subscriptions:
     def _heard(self, _: bytes, message: Term) -> None:
         appended = parse_appended(message)
         if appended is not None:
+            self._service.appended_elsewhere(*appended)
             self._hint(appended.store, appended.stream, appended.version)
 
     def _heard_events(self, store: Atom, message: Term) -> None:
