@@ -210,8 +210,9 @@ class StoreNode:
         given = {str(name): value for name, value in bindings}
 
         async def carry_out() -> Term:
+            first = given["First"] if "First" in given else given["Number"]
             outcome = await self.cluster.append_guarded(
-                given["Store"], given["Stream"], given["First"], given["Events"], again=given["Again"]
+                given["Store"], given["Stream"], first, given["Events"], again=given.get("Again", False)
             )
             raise ErlangThrow(outcome)
 

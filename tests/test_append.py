@@ -72,18 +72,14 @@ Evaluation = Generator[Operation, Any, tuple[Any, ...]]
 
 
 def guarded_expression(stream: int, first: int, ids: list[str], again: bool, made: Iterator[int]) -> Evaluation:
-    """Both: the quick one where it is a first attempt, and the whole one when that stops."""
-    if again:
+    """Both: the quick one for a first attempt to write one event, and the whole one otherwise and when that stops."""
+    if again or len(ids) > 1:
         return (yield from whole_expression(stream, first, ids, again, made, []))
-    mine: list[Record] = []
-    for number, id_ in enumerate(ids, first):
-        mine.append(Record(id_, next(made)))
-        put = yield Put(stream, number, mine[-1])
-        if put == "refused":
-            return (yield from whole_expression(stream, first, ids, again, made, mine))
-        if put != "ok":
-            return ("failed",)
-    return ("written", first + len(ids) - 1)
+    record = Record(ids[0], next(made))
+    put = yield Put(stream, first, record)
+    if put == "refused":
+        return (yield from whole_expression(stream, first, ids, again, made, [record]))
+    return ("written", first) if put == "ok" else ("failed",)
 
 
 def whole_expression(

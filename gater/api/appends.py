@@ -325,7 +325,7 @@ class _AppendCall:
         self._writing_on = node
         attempt_s = self._attempt_s()
         timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
-        if step.again or self._wrote_in_vain:
+        if step.again or self._wrote_in_vain or len(self._request.term[-1]) > 1:
             self._evaluate(step, self._whole_call(step, (), timeout_ms), attempt_s)
         else:
             mfa = guarded.quick_call(
@@ -333,7 +333,6 @@ class _AppendCall:
                 self._store,
                 self._stream,
                 self._events,
-                len(self._request.term[-1]),
                 step.first,
                 records=self._service.follows(self._store),
                 timeout_ms=timeout_ms,

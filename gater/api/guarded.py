@@ -7,9 +7,10 @@ there, nothing is installed); it writes one event after the other under these co
 refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
 therefore it holds against every writer but one that puts without conditions.
 
-There are two expressions. `QUICK` is for the first attempt and only writes; `SOURCE` can also find out what became of
-earlier attempts and what a refusal means, which makes it four times as expensive to evaluate even when nothing of that
-is needed: `erl_eval` looks through the body of a fun whenever it makes one.
+There are two expressions. `QUICK` is for the first attempt to write a single event, the usual one, and does nothing
+else. `SOURCE` writes any number, finds out what became of earlier attempts and what a refusal means. That makes it far
+more expensive to evaluate, even when nothing of it is needed: `erl_eval` looks through the body of a fun whenever it
+makes one. Beside the puts of several events that is little.
 
 The result leaves the expression as a thrown term: `erl_eval` would return all bindings, the events among them.
 """
@@ -99,28 +100,25 @@ that `QUICK` made (`Mine`). With `Again` an earlier attempt may have stored it, 
 """
 
 QUICK: Final = """
-Write = fun Write([Event | Events], [{Number, Path} | Places], Records) ->
-                Now = 'Elixir.DateTime':utc_now(),
-                Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
-                Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
-                case khepri:put(Store, Path, Record, Options) of
-                    ok -> Write(Events, Places, [Record | Records]);
-                    {error, {khepri, Reason, _}} when Reason =:= mismatching_node; Reason =:= node_not_found ->
-                        throw({stopped, [Record | Records]});
-                    Problem -> throw({failed, Number, Problem})
-                end;
-            Write([], [], Records) when Wanted ->
-                throw({written, Last, lists:reverse(Records)});
-            Write([], [], _) ->
-                throw({written, Last, []})
-        end,
-Write(Events, Places, []).
+Now = 'Elixir.DateTime':utc_now(),
+Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
+Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(hd(Events), Stream, Number, Now, Epoch),
+case khepri:put(Store, Path, Record, Options) of
+    ok when Wanted ->
+        throw({written, Number, [Record]});
+    ok ->
+        throw({written, Number, []});
+    {error, {khepri, Reason, _}} when Reason =:= mismatching_node; Reason =:= node_not_found ->
+        throw({stopped, [Record]});
+    Problem ->
+        throw({failed, Number, Problem})
+end.
 """
 """Ends by throwing one of
 
-    {written, Last, Records}   every event is stored, the last one as this number; the records if they are `Wanted`
-    {stopped, Records}         a put was refused: `SOURCE` has to say why; the records made so far, the last one first
-    {failed, Number, Problem}  nobody knows whether this number has been written
+    {written, Number, Records}  the event is stored; its record if it is `Wanted`
+    {stopped, [Record]}         the put was refused: `SOURCE` has to say why; that record
+    {failed, Number, Problem}   nobody knows whether it has been written
 """
 
 STREAMS: Final = Atom("streams")
@@ -196,17 +194,17 @@ async def version(node: Node, peer: Atom, store: Atom, stream: bytes, timeout_s:
 
 
 def quick_call(
-    forms: Forms, store: Atom, stream: bytes, events: Term, count: int, first: int, *, records: bool, timeout_ms: int
+    forms: Forms, store: Atom, stream: bytes, events: Term, number: int, *, records: bool, timeout_ms: int
 ) -> tuple[Atom, Atom, list[Term]]:
-    """The module, function and arguments of a first attempt. `events` are `count` NewEvents, encoded or not; `records`:
-    whether to answer what was stored."""
+    """The module, function and arguments of a first attempt to write one event. `events` is the list of one NewEvent,
+    encoded or not; `records`: whether to answer what was stored."""
+    place = (_IF_ALL, [b"%06d" % number, _NOTHING_THERE])
+    path = [STREAMS, stream if number == 0 else (_IF_ALL, [stream, (_CHILDREN, number)]), place]
     bindings = [
-        (Atom("Again"), False),
         (Atom("Events"), events),
-        (Atom("First"), first),
-        (Atom("Last"), first + count - 1),
+        (Atom("Number"), number),
         (Atom("Options"), {_TIMEOUT: timeout_ms}),
-        (Atom("Places"), [(number, _path(stream, number)) for number in range(first, first + count)]),
+        (Atom("Path"), path),
         (Atom("Store"), store),
         (Atom("Stream"), stream),
         (Atom("Wanted"), records),
@@ -237,9 +235,3 @@ def call(
         (Atom("TimeoutMs"), timeout_ms),
     ]
     return (ERL_EVAL, EXPRS, [forms.whole, bindings])
-
-
-def _path(stream: bytes, number: int) -> list[Term]:
-    """Where event `number` is put: only while nothing is there, and the stream has exactly so many events."""
-    place = (_IF_ALL, [b"%06d" % number, _NOTHING_THERE])
-    return [STREAMS, stream if number == 0 else (_IF_ALL, [stream, (_CHILDREN, number)]), place]
