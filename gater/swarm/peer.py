@@ -127,6 +127,9 @@ class TrackerPeer(GenServer):
         """Nodes whose loss the tracker has not heard of yet: nothing is sent to them until it has."""
         self._asked_to_sync: Atom | None = None
         self._monitors: dict[Pid, NodeMonitor] = {}
+        self._to_monitor: dict[Pid, None] = {}
+        """Processes to be monitored in the next turn of the loop, not in that of the merge: the tables of names and of
+        monitors grow at the same numbers, each for some milliseconds at 10^5."""
         self._tracker_monitors: dict[Atom, NodeMonitor] = {}
         self._timers: dict[Hashable, asyncio.TimerHandle] = {}
         self._outboxes: dict[Atom, deque[tuple[Atom | Pid, Message]]] = {}
@@ -173,6 +176,7 @@ class TrackerPeer(GenServer):
         self._asking.clear()
         for timer in self._timers.values():
             timer.cancel()
+        self._to_monitor.clear()
         for monitor in (*self._monitors.values(), *self._tracker_monitors.values()):
             self.node.demonitor(monitor)
         callers, self._callers = self._callers, set()
@@ -389,7 +393,16 @@ class TrackerPeer(GenServer):
     # Monitors and time.
 
     def _monitor(self, effect: Monitor) -> None:
-        pid = effect.pid
+        if not self._to_monitor:
+            self.node.soon(self._monitor_all)
+        self._to_monitor[effect.pid] = None
+
+    def _monitor_all(self) -> None:
+        pids, self._to_monitor = self._to_monitor, {}
+        for pid in pids:
+            self._monitor_now(pid)
+
+    def _monitor_now(self, pid: Pid) -> None:
         if pid.node is not self.node.name and (pid.node in self._lost or not self._is_connected(pid.node)):
             self.process.deliver(ProcessDown(pid, connection_lost=True))
         elif pid not in self._monitors:
@@ -405,6 +418,7 @@ class TrackerPeer(GenServer):
         # Otherwise `NodeDown` follows, which drops the names of all processes there, a piece at a time.
 
     def _demonitor(self, effect: Demonitor) -> None:
+        self._to_monitor.pop(effect.pid, None)
         monitor = self._monitors.pop(effect.pid, None)
         if monitor is not None:
             self.node.demonitor(monitor)
