@@ -14,7 +14,7 @@ from erlang_interop_tests.beam import BeamNode, Beams, wait_until
 from erlang_interop_tests.gater_process import GaterProcess, gater_process
 from erlang_interop_tests.standin import StandInCluster, standin_cluster
 from gater.api.schema import NewEvent
-from gater.api.subscriptions.feed import MAX_SHARE
+from gater.api.subscriptions.backlog import MAX_SHARE, MAX_SHARE_BYTES
 from gater.erl.terms import Atom, Term
 
 STORE = Atom("reg_gh")
@@ -33,6 +33,12 @@ collect = fn collect, seen ->
 end
 spawn(fn -> collect.(collect, []) end)
 """
+
+
+def memory_bytes(pid: int) -> int:
+    """The most memory a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 @dataclass
@@ -169,6 +175,30 @@ async def test_a_process_that_never_reads_holds_up_nobody_and_gets_no_more_than_
     assert waiting == 20
     _, status = await gate.api("subscription_status", STORE, b"lazy")
     assert (status[Atom("in_flight")], status[Atom("streams_behind")]) == (20, 1)
+
+
+async def test_large_events_for_a_process_that_does_not_acknowledge_fill_no_memory(gate: Gate) -> None:
+    lazy = await gate.elixir.eval("spawn(fn -> Process.sleep(:infinity) end)")
+    first = await gate.process()
+    for name, pid in ((b"lazy", lazy), (b"first", first)):
+        options = {Atom("subscriber"): pid, Atom("auto_ack"): pid == first}
+        reply = await gate.api("subscribe", STORE, Atom("by_stream"), b"$all", name, options)
+        assert reply == (Atom("ok"), name)
+    large = [NewEvent("e", bytes(1_000_000)).to_term() for _ in range(5)]
+    for _ in range(60):
+        reply = await gate.api("append_events", STORE, b"s", large)
+        assert reply[0] is Atom("ok"), reply
+    everything = [(b"s", number) for number in range(300)]
+    assert await gate.has(first, 300, timeout_s=60) == everything
+    _, status = await gate.api("subscription_status", STORE, b"lazy")
+    assert status[Atom("in_flight")] * 1_000_000 <= MAX_SHARE_BYTES + 1_000_000
+    assert status[Atom("buffered")] * 1_000_000 <= MAX_SHARE_BYTES + 1_000_000
+    # The interpreter, what is kept of 300 MB, appends and pages on their way.
+    assert memory_bytes(gate.gaters[0].process.pid) < 400_000_000
+    again = await gate.process()
+    reply = await gate.api("save_subscription", STORE, Atom("by_stream"), b"$all", b"again", 0, again)
+    assert await gate.has(again, 300, timeout_s=60) == everything
+    assert memory_bytes(gate.gaters[0].process.pid) < 400_000_000
 
 
 async def test_a_node_that_stands_still_holds_up_nobody_and_gets_the_rest_when_it_goes_on(

@@ -20,7 +20,7 @@ from typing import Any
 from gater.api import schema
 from gater.api.subscriptions import Feed, Matcher, compile_selector
 from gater.api.subscriptions import protocol as p
-from gater.api.subscriptions.backlog import PAGE_EVENTS
+from gater.api.subscriptions.backlog import MAX_SHARE_BYTES, MIN_SHARE_BYTES, PAGE_EVENTS, SHARED_BYTES
 from gater.api.subscriptions.protocol import Action, Event, Options, Spec, Start, Strategy, event_of
 from gater.api.subscriptions.subscription import MIN_ROOM
 from gater.erl.terms import Atom
@@ -28,6 +28,8 @@ from gater.erl.terms import Atom
 MAX_STEPS = 200_000
 MAX_STEPS_AT_ONE_TIME = 5_000
 TOTAL = Atom("total")
+BODIES = [b"x" * size for size in (0, 0, 0, 100_000, 3_000_000)]
+"""Shared by the events: large ones cost the simulation nothing."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Simulation:
     def __init__(self, seed: int) -> None:
         self.random = rng = random.Random(seed)
         self.shared_room = rng.choice((0, 0, 500))
+        self.shared_bytes = rng.choice((0, SHARED_BYTES))
+        self.bodies = rng.choice((BODIES[:1], BODIES))
         self.seed = seed
         self.now = 0.0
         self.steps = 0
@@ -135,7 +139,7 @@ class Simulation:
                 schema.EVENT_NUMBER: len(events),
                 schema.EVENT_TYPE: rng.choice([b"a", b"b"]),
                 schema.CREATED_EPOCH: self.epoch,
-                schema.DATA: {TOTAL: rng.choice([0, 1]), Atom("more"): 1},
+                schema.DATA: {TOTAL: rng.choice([0, 1]), Atom("more"): rng.choice(self.bodies)},
             }
             events.append(event_of(record))
             new.append(events[-1])
@@ -170,7 +174,7 @@ class Simulation:
 
     def gateway_up(self) -> None:
         self.life += 1
-        self.feed = Feed(self.now, shared_room=self.shared_room)
+        self.feed = Feed(self.now, shared_room=self.shared_room, shared_bytes=self.shared_bytes)
         self.tick_at = float("inf")
         for sub in self.subs.values():
             sub.last.clear()
@@ -499,8 +503,25 @@ class Simulation:
             return
         status = self.feed.status(sub.key)
         assert status is not None
-        held = Counter(entry.subscriber.id for entry in self.entries(sub).values() if entry.subscriber is not None)
+        held: Counter[Any] = Counter()
+        held_bytes: Counter[Any] = Counter()
+        taken = [entry for entry in self.entries(sub).values() if not entry.replayed]
+        for entry in self.entries(sub).values():
+            if entry.subscriber is not None:
+                held[entry.subscriber.id] += 1
+                held_bytes[entry.subscriber.id] += entry.event.size
         assert not held or max(held.values()) <= sub.spec.options.window
+        most = MAX_SHARE_BYTES if self.shared_bytes else MIN_SHARE_BYTES
+        largest = len(self.bodies[-1]) + 10_000
+        assert not held_bytes or max(held_bytes.values()) < most + largest
+        # Those that are with subscribers, and those kept aside.
+        assert len(taken) <= (sub.subscribers + 1) * sub.spec.options.window
+        assert sum(entry.event.size for entry in taken) < (sub.subscribers + 1) * (most + largest)
+        backlog = self.feed._subscriptions[sub.key].backlog
+        kept = [event for lane in backlog._lanes.values() for event in lane.buffer]
+        assert backlog.bytes == sum(event.size for event in kept)
+        assert set(backlog._full) == {event.stream for event in kept}
+        assert backlog.bytes < most + largest
         assert status.buffered <= max(MIN_ROOM, self.shared_room) + 2 * sub.spec.options.window + PAGE_EVENTS
 
     def unfinished(self) -> list[str]:

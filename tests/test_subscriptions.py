@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,7 +11,14 @@ import pytest
 from gater.api import schema
 from gater.api.subscriptions import Feed
 from gater.api.subscriptions import protocol as p
-from gater.api.subscriptions.backlog import GAP_READS, PAGE_EVENTS
+from gater.api.subscriptions.backlog import (
+    FIRST_PAGE_EVENTS,
+    GAP_READS,
+    MAX_SHARE_BYTES,
+    MIN_SHARE_BYTES,
+    PAGE_BYTES,
+    PAGE_EVENTS,
+)
 from gater.api.subscriptions.checkpoints import MAX_STREAMS_PER_SAVE, SAVE_AFTER_S, SAVE_EVENTS, Checkpoint
 from gater.api.subscriptions.delivery import MAX_REPLAYS, PARK_AGAIN_S
 from gater.api.subscriptions.feed import MAX_VAIN_READS
@@ -30,13 +38,18 @@ Found = TypeVar("Found")
 ALL = Spec(schema.BY_STREAM, b"$all")
 
 
-def event(stream: str, number: int, type_: str = "t", epoch: int = 0) -> Event:
+MB = 1_000_000
+
+
+def event(stream: str, number: int, type_: str = "t", epoch: int = 0, size: int = 0) -> Event:
+    """`size` bytes of data, made for this event alone."""
     return event_of(
         {
             schema.EVENT_STREAM_ID: stream.encode(),
             schema.EVENT_NUMBER: number,
             schema.EVENT_TYPE: type_.encode(),
             schema.CREATED_EPOCH: epoch,
+            schema.DATA: bytes(size),
         }
     )
 
@@ -517,6 +530,122 @@ def test_a_large_checkpoint_is_written_in_parts() -> None:
     assert second is not None
     assert [*first, *second] == streams
     assert len(second) == 1
+
+
+# Memory
+
+
+class Large(Driver):
+    """Beside a store of events so large that they are made only when they are read."""
+
+    def __init__(self, size: int, shared_bytes: int, **streams: int) -> None:
+        super().__init__(**streams)
+        self.feed = Feed(0.0, shared_bytes=shared_bytes)
+        self.size = size
+        self.answers = False
+        self.pages: list[int] = []
+
+    def __call__(self, *inputs: p.Input) -> list[p.Effect]:
+        effects, todo = [], list(inputs)
+        while todo:
+            for effect in super().__call__(todo.pop(0)):
+                if isinstance(effect, p.ReadCounts):
+                    counts = {name.encode(): len(events) for name, events in self.store.items()}
+                    todo.append(p.Counts(effect.token, counts, 0.001))
+                elif isinstance(effect, p.ReadPage):
+                    name = effect.stream.decode()
+                    end = min(effect.start + effect.count, len(self.store[name]))
+                    page = [event(name, number, size=self.size) for number in range(effect.start, end)]
+                    self.pages.append(len(page))
+                    todo.append(p.Page(effect.token, page))
+                else:
+                    effects.append(effect)
+        # They are the subscriber's now.
+        self.effects.clear()
+        return effects
+
+
+def test_large_events_are_kept_up_to_a_share_of_bytes_and_all_delivered() -> None:
+    driver = Large(MB, 256 * MB, a=300)
+    driver.subscribe("first", slow())
+    tracemalloc.start()
+    try:
+        seen = got(driver.subscribe("s", slow()))
+        status = driver.feed.status("s")
+        assert status is not None
+        assert status.in_flight == len(seen) == MAX_SHARE_BYTES // MB + 1
+        kept, peak = tracemalloc.get_traced_memory()
+        # In flight, and as much again in the backlog.
+        assert kept < 2 * MAX_SHARE_BYTES + 5 * MB
+        assert peak < 2 * MAX_SHARE_BYTES + 5 * MB + (FIRST_PAGE_EVENTS + 4 * PAGE_BYTES // MB) * MB
+    finally:
+        tracemalloc.stop()
+    assert max(driver.pages) == FIRST_PAGE_EVENTS
+    assert driver.pages[-1] == PAGE_BYTES // MB
+    for number in range(300):
+        seen += got(driver(p.Ack("s", b"a", number)))
+    assert seen == [f"a/{number}" for number in range(300)]
+
+
+def test_an_event_larger_than_all_limits_goes_alone() -> None:
+    driver = Large(MAX_SHARE_BYTES + MB, 0, a=3)
+    assert got(driver.subscribe("s", slow())) == ["a/0"]
+    assert got(driver(p.Ack("s", b"a", 0))) == ["a/1"]
+    assert got(driver(p.Ack("s", b"a", 1))) == ["a/2"]
+
+
+def test_many_subscriptions_have_smaller_shares() -> None:
+    driver = Large(100_000, 4 * MB, a=100)
+    for number in range(16):
+        driver.subscribe(f"s{number}", slow())
+    status = driver.feed.status("s15")
+    assert status is not None
+    assert status.in_flight == MIN_SHARE_BYTES // 100_000 + 1
+
+
+def test_streams_that_wait_for_a_full_subscriber_keep_no_event_each() -> None:
+    driver = Large(MB, 0, **{f"s{number}": 2 for number in range(30)})
+    spec = slow(strategy=Strategy.BY_STREAM)
+    seen = got(driver.subscribe("s", spec, "one")) + got(driver.subscribe("s", spec, "two"))
+    assert len(seen) == 2
+    status = driver.feed.status("s")
+    assert status is not None
+    assert status.buffered <= 2
+    for each in seen:
+        stream, _, number = each.partition("/")
+        seen += got(driver(p.Ack("s", stream.encode(), int(number))))
+    assert sorted(seen) == sorted(f"s{stream}/{number}" for stream in range(30) for number in range(2))
+
+
+def test_what_is_to_be_tried_again_is_no_more_than_a_window() -> None:
+    driver = Driver(**{f"s{number}": 2 for number in range(50)})
+    seen = got(driver.subscribe("s", slow(window=10)))
+    for each in seen:
+        stream, _, number = each.partition("/")
+        seen += got(driver(p.Nack("s", stream.encode(), int(number), Action.RETRY)))
+    assert len(seen) < 2 * 10
+    status = driver.feed.status("s")
+    assert status is not None
+    assert status.in_flight <= 2 * 10
+    again = got(driver.after(1.0))
+    for each in again:
+        stream, _, number = each.partition("/")
+        again += got(driver(p.Ack("s", stream.encode(), int(number))))
+    assert sorted(again) == sorted(f"s{stream}/{number}" for stream in range(50) for number in range(2))
+
+
+def test_a_page_that_could_not_be_read_is_asked_for_in_parts() -> None:
+    driver = Driver(a=1000)
+    driver.subscribe("s", slow(auto_ack=True))
+    driver.answers = False
+    driver.store["b"] = [event("b", number) for number in range(1000)]
+    [read] = of(p.ReadPage, driver(p.Hint(b"b", 999)))
+    counts = [read.count]
+    while read.count > 1:
+        driver(p.Page(read.token, None))
+        [read] = of(p.ReadPage, driver.after(5.0))
+        counts.append(read.count)
+    assert counts == [PAGE_EVENTS >> tries for tries in range(len(counts))]
 
 
 # The poll

@@ -12,6 +12,9 @@ the later entries that are with the same subscriber wait behind it, so that each
 comes again on, everything after it again in order; those it acknowledges in the meantime do not come again. A stream's
 *frontier* is its first entry that is not done: the checkpoint never goes beyond it.
 
+A subscriber has room while it holds fewer events than the window and fewer bytes than `Shares` say. The same goes for
+what is kept *aside*, waiting or being parked: as long as that is too much nothing new is taken.
+
 A subscriber with `auto_ack` gets no entries: what was sent is done. What holds it back is `busy`.
 """
 
@@ -22,6 +25,7 @@ from enum import Enum, auto
 from typing import Final
 from zlib import crc32
 
+from gater.api.subscriptions.backlog import Shares
 from gater.api.subscriptions.protocol import (
     RETRY_S,
     Action,
@@ -78,12 +82,14 @@ class Entry:
 class Subscriber:
     """One of those who share a subscription."""
 
-    __slots__ = ("busy", "hash", "id", "in_flight", "outbox")
+    __slots__ = ("busy", "bytes", "hash", "id", "in_flight", "outbox")
 
     def __init__(self, id: SubscriberId) -> None:
         self.id = id
         self.hash = crc32(repr(id).encode())
         self.in_flight = 0
+        self.bytes = 0
+        """Of the events in flight."""
         self.busy = False
         self.outbox: list[Event] = []
 
@@ -91,7 +97,7 @@ class Subscriber:
 class Delivery:
     """The windows of one subscription. Effects are collected in `effects`; `flush` adds the deliveries to them."""
 
-    def __init__(self, key: Key, options: Options, effects: list[Effect]) -> None:
+    def __init__(self, key: Key, options: Options, effects: list[Effect], shares: Shares) -> None:
         self.key = key
         self.options = options
         self.stopped = False
@@ -100,6 +106,7 @@ class Delivery:
         self.wake = INFINITY
         """No entry times out or may be delivered or saved again before this time."""
         self._effects = effects
+        self._shares = shares
         self._subscribers: dict[SubscriberId, Subscriber] = {}
         self._rotation: deque[Subscriber] = deque()
         self._streams: dict[bytes, deque[Entry]] = {}
@@ -108,6 +115,9 @@ class Delivery:
         self._held: dict[bytes, int] = {}
         """Streams with entries that wait, and how many."""
         self._replays: deque[Entry] = deque()
+        self._aside = 0
+        """Entries that wait or are being parked, those replayed not counted, and their bytes."""
+        self._aside_bytes = 0
 
     # Looking
 
@@ -143,9 +153,7 @@ class Delivery:
     @property
     def has_room(self) -> bool:
         """Whether any subscriber could take an event."""
-        if self.stopped:
-            return False
-        return any(self._has_room(subscriber) for subscriber in self._rotation)
+        return self._takes_new and any(self._has_room(subscriber) for subscriber in self._rotation)
 
     def room_of(self, id: SubscriberId) -> bool:
         """Whether this subscriber could take an event; true for one that is gone, whose events go to others."""
@@ -154,7 +162,7 @@ class Delivery:
 
     def could_take(self, stream: bytes) -> bool:
         """Whether an event of the stream would be taken now."""
-        if self.stopped or stream in self._held:
+        if not self._takes_new or stream in self._held:
             return False
         if self.options.strategy is Strategy.BY_STREAM and len(self._rotation) > 1:
             return self._has_room(self._owner(stream))
@@ -199,7 +207,7 @@ class Delivery:
 
     def offer(self, event: Event, now: float) -> bool:
         """Take an event that has not been delivered yet, if somebody has room for it."""
-        if self.stopped or event.stream in self._held:
+        if not self._takes_new or event.stream in self._held:
             return False
         subscriber = self._choose(event.stream)
         if subscriber is None:
@@ -259,6 +267,7 @@ class Delivery:
         if entry is None or entry.state is not State.PARKING:
             return
         if ok:
+            self._fetch_back(entry)
             self._finish(entry)
         else:
             entry.due = now + PARK_AGAIN_S
@@ -323,7 +332,7 @@ class Delivery:
                 subscriber = self._choose(stream)
                 if subscriber is None:
                     return
-                self._release(stream)
+                self._release(entry)
                 self._send(entry, subscriber, now)
 
     # Entries
@@ -339,6 +348,7 @@ class Delivery:
         entry.due = now + self.options.ack_timeout_s * min(2**entry.timeouts, MAX_TIMEOUT_FACTOR)
         self.wake = min(self.wake, entry.due)
         subscriber.in_flight += 1
+        subscriber.bytes += entry.event.size
         subscriber.outbox.append(entry.event)
         if not entry.replayed:
             self._owners[entry.event.stream] = subscriber
@@ -366,8 +376,19 @@ class Delivery:
         if not entry.replayed:
             stream = entry.event.stream
             self._held[stream] = self._held.get(stream, 0) + 1
+            self._put_aside(entry)
 
-    def _release(self, stream: bytes) -> None:
+    def _put_aside(self, entry: Entry) -> None:
+        self._aside += 1
+        self._aside_bytes += entry.event.size
+
+    def _fetch_back(self, entry: Entry) -> None:
+        self._aside -= 1
+        self._aside_bytes -= entry.event.size
+
+    def _release(self, entry: Entry) -> None:
+        self._fetch_back(entry)
+        stream = entry.event.stream
         left = self._held[stream] - 1
         if left:
             self._held[stream] = left
@@ -377,6 +398,7 @@ class Delivery:
     def _leave_subscriber(self, entry: Entry) -> None:
         if entry.state is State.IN_FLIGHT and entry.subscriber is not None:
             entry.subscriber.in_flight -= 1
+            entry.subscriber.bytes -= entry.event.size
         entry.subscriber = None
 
     def _park(self, entry: Entry) -> None:
@@ -386,13 +408,15 @@ class Delivery:
             self._forget(entry)
             return
         self._leave_subscriber(entry)
+        if entry.state is not State.PARKING:
+            self._put_aside(entry)
         entry.state = State.PARKING
         entry.due = INFINITY
         self._effects.append(Park(self.key, entry.event, entry.reason, entry.nacks + entry.timeouts + 1))
 
     def _done(self, entry: Entry) -> None:
         if entry.state is State.WAITING and not entry.replayed:
-            self._release(entry.event.stream)
+            self._release(entry)
         self._leave_subscriber(entry)
         if entry.replayed:
             self._effects.append(DropParked(self.key, entry.event.stream, entry.event.number))
@@ -419,7 +443,13 @@ class Delivery:
     # Choice
 
     def _has_room(self, subscriber: Subscriber) -> bool:
-        return not subscriber.busy and subscriber.in_flight < self.options.window
+        return (
+            not subscriber.busy and subscriber.in_flight < self.options.window and subscriber.bytes < self._shares.bytes
+        )
+
+    @property
+    def _takes_new(self) -> bool:
+        return not self.stopped and self._aside < self.options.window and self._aside_bytes < self._shares.bytes
 
     def _choose(self, stream: bytes) -> Subscriber | None:
         rotation = self._rotation

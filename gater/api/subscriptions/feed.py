@@ -23,7 +23,7 @@ from itertools import chain
 from typing import Any, Final
 
 from gater.api.subscriptions import protocol as p
-from gater.api.subscriptions.backlog import GAP_READS, PAGE_EVENTS, READ_AGAIN_S
+from gater.api.subscriptions.backlog import GAP_READS, READ_AGAIN_S, SHARED_BYTES, SHARED_ROOM, Shares
 from gater.api.subscriptions.matching import Matcher, SelectorError, compile_selector
 from gater.api.subscriptions.poll import ANSWER_S, PollPlan
 from gater.api.subscriptions.protocol import (
@@ -46,12 +46,6 @@ MAX_READS: Final = 16
 MAX_SUBSCRIPTIONS: Final = 20_000
 """Subscriptions of one store in one gateway; each costs a few kilobytes and is asked about every event it may want."""
 
-SHARED_ROOM: Final = 20_000
-"""Events that the subscriptions of one store may keep together, each an equal part, beyond what each needs; 30 MB."""
-
-MAX_SHARE: Final = 1_000
-"""But not more each: one that is so far behind reads on in large pages."""
-
 START_AGAIN_S: Final = 0.5
 """Pause after a count failed that subscriptions need to start."""
 
@@ -70,8 +64,8 @@ class Feed:
     sharers = 1
     """Gateways with a feed of this store, this one included."""
 
-    def __init__(self, now: float, *, shared_room: int = SHARED_ROOM) -> None:
-        self._shared_room = shared_room
+    def __init__(self, now: float, *, shared_room: int = SHARED_ROOM, shared_bytes: int = SHARED_BYTES) -> None:
+        self._shares = Shares(shared_room, shared_bytes)
         self._subscriptions: dict[Key, Subscription] = {}
         self._of_stream: dict[bytes, dict[Key, Subscription]] = {}
         self._of_type: dict[bytes, dict[Key, Subscription]] = {}
@@ -194,9 +188,10 @@ class Feed:
 
     def _add(self, input: p.Subscribe, matcher: Matcher) -> Subscription:
         subscription = Subscription(
-            input.key, input.spec, matcher, self._end, input.positions, self._effects, self._share
+            input.key, input.spec, matcher, self._end, input.positions, self._effects, self._shares
         )
         self._subscriptions[input.key] = subscription
+        self._shares.divide(len(self._subscriptions))
         self._group(matcher)[input.key] = subscription
         if self._poll is None:
             self._poll = PollPlan(self._now)
@@ -229,6 +224,7 @@ class Feed:
         """Forget a subscription, and what the feed knew on its behalf only."""
         key, matcher = subscription.key, subscription.matcher
         del self._subscriptions[key]
+        self._shares.divide(len(self._subscriptions))
         for subscriber in subscription.delivery.subscribers:
             self._leave(subscriber, key)
         self._starting.pop(key, None)
@@ -340,9 +336,6 @@ class Feed:
 
     # Streams
 
-    def _share(self) -> int:
-        return min(MAX_SHARE, self._shared_room // len(self._subscriptions))
-
     def _end(self, stream: bytes) -> int:
         return self._next.get(stream, 0)
 
@@ -443,6 +436,8 @@ class Feed:
             return
         before = self._next[stream]
         tries = self._vain.get(stream, 0)
+        if events:
+            self._shares.saw(max(event.size for event in events))
         for event in events or ():
             if event.number > self._next[stream] and tries >= GAP_READS:
                 self._effects.append(
@@ -483,7 +478,9 @@ class Feed:
             del self._queue[stream]
             if any(subscription.accepts(stream) for subscription in self._concerned(stream)):
                 start = self._next[stream]
-                self._read(None, stream, start, max(1, min(PAGE_EVENTS, self._known[stream] - start)))
+                count = min(self._shares.page_events(), self._known[stream] - start)
+                # A read may have failed because it was too much.
+                self._read(None, stream, start, max(1, count >> self._vain.get(stream, 0)))
                 return True
             self._idle[stream] = None
         return False

@@ -33,6 +33,9 @@ MAX_RETRIES: Final = 10
 RETRY_S: Final = (0.1, 10.0)
 """First and longest pause before an event is delivered again because its subscriber asked so; doubled in between."""
 
+TERM_BYTES: Final = 64
+"""What a term in a record costs beside its bytes, about; the size of an event need not be exact."""
+
 MAX_WINDOW: Final = 10_000
 """The largest window and batch: what one subscription may keep in memory, times two."""
 
@@ -43,7 +46,7 @@ class Event:
     `epoch` is `created_epoch` (microseconds since 1970), 0 if the record has none.
     """
 
-    __slots__ = ("_encoded", "epoch", "number", "record", "stream", "type")
+    __slots__ = ("_encoded", "_size", "epoch", "number", "record", "stream", "type")
 
     def __init__(self, stream: bytes, number: int, epoch: int, type: Term, record: Mapping[Term, Term]) -> None:
         self.stream = stream
@@ -52,6 +55,14 @@ class Event:
         self.type = type
         self.record = record
         self._encoded: EncodedTerm | None = None
+        self._size = 0
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes in memory."""
+        if not self._size:
+            self._size = _size(self.record)
+        return self._size
 
     @property
     def encoded(self) -> EncodedTerm:
@@ -62,6 +73,22 @@ class Event:
 
     def __repr__(self) -> str:
         return f"Event({self.stream!r}, {self.number})"
+
+
+def _size(record: Term) -> int:
+    found, todo = 0, [record]
+    while todo:
+        term = todo.pop()
+        kind = type(term)
+        found += TERM_BYTES
+        if kind is bytes or kind is str:
+            found += len(term)
+        elif kind is list or kind is tuple:
+            todo.extend(term)
+        elif isinstance(term, Mapping):
+            found += TERM_BYTES * len(term)
+            todo.extend(term.values())
+    return found
 
 
 def event_of(record: Term) -> Event:

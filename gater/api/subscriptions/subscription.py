@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from gater.api.subscriptions.backlog import Backlog
+from gater.api.subscriptions.backlog import Backlog, Shares
 from gater.api.subscriptions.checkpoints import Checkpoint
 from gater.api.subscriptions.delivery import Delivery
 from gater.api.subscriptions.matching import Matcher
@@ -31,8 +31,8 @@ SCAN_SAVE_S: Final = 30.0
 
 
 class Subscription:
-    """See the module. `end(stream)` gives the feed's next number of a stream, `share()` how many events of a store each
-    of its subscriptions may keep."""
+    """See the module. `end(stream)` gives the feed's next number of a stream, `shares` how much each of the store's
+    subscriptions may keep."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Subscription:
         end: Callable[[bytes], int],
         positions: Mapping[bytes, int] | None,
         effects: list[Effect],
-        share: Callable[[], int],
+        shares: Shares,
     ) -> None:
         self.key = key
         self.spec = spec
@@ -53,9 +53,8 @@ class Subscription:
         self.begins_now = positions is None and spec.start is Start.NOW
         self.must_save_start = self.begins_now and spec.persistent
         """Where it began is known to nobody else yet: another gateway would begin later and miss what came between."""
-        self.delivery = Delivery(key, spec.options, effects)
-        least = max(2 * spec.options.window, MIN_ROOM)
-        self.backlog = Backlog(lambda: max(least, share()))
+        self.delivery = Delivery(key, spec.options, effects, shares)
+        self.backlog = Backlog(max(2 * spec.options.window, MIN_ROOM), shares)
         self.checkpoint = Checkpoint()
         self.scanned = 0
         """How far in the feed's sequence of moves this subscription has saved where it stands."""
