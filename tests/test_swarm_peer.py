@@ -17,7 +17,7 @@ from gater.erl.process import NOPROC
 from gater.erl.rpc import erpc_call
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, EncodedTerm, ImproperList, Pid, Term
-from gater.swarm.messages import TRACKER, Track
+from gater.swarm.messages import TRACKER, Track, UntrackName
 from gater.swarm.registry import Entry
 from gater.swarm.snapshots import IncomingList, OutgoingList
 from gater.swarm.swarm import AlreadyRegistered, Swarm
@@ -122,6 +122,18 @@ async def test_a_process_that_dies_loses_its_names() -> None:
         process.exit(Atom("boom"))
         await agree(b"a", None, one, two)
         await agree(b"b", None, one, two)
+
+
+async def test_a_process_that_has_lost_its_name_in_the_same_turn_is_not_monitored() -> None:
+    async with cluster(1) as (one,):
+        brief, lasting = one.process().process, one.process().process
+        replies: list[Term] = []
+        one.swarm.ask(Track(b"brief", brief.pid, {}), replies.append)
+        one.swarm.ask(UntrackName(b"brief"), replies.append)
+        await one.swarm.register(b"lasting", lasting)
+        await wait_until(lambda: bool(lasting.monitored_by), "the other process to be monitored")
+        assert len(replies) == 2
+        assert not brief.monitored_by
 
 
 async def test_a_name_that_is_unregistered_is_gone_and_the_other_names_stay() -> None:
