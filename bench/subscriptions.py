@@ -297,12 +297,13 @@ async def _rates(bench: Bench, table: Table, seconds: float, subscribers: int) -
             microseconds((bench.cpu_s() - before) / len(seen.latencies_ns) * 1e9),
         )
         await bench.remove(pids)
-    for acks in (True, False):
-        _say(f"{bench.label}: {subscribers} subscribers of all, acks {acks}")
-        pids = await bench.subscribe(count=subscribers, acks=acks, kept=False)
+    for acks, kept in ((True, False), (False, False), (True, True)):
+        kind = "persistent" if kept else "transient"
+        _say(f"{bench.label}: {subscribers} {kind} subscribers of all, acks {acks}")
+        pids = await bench.subscribe(count=subscribers, acks=acks, kept=kept)
         before = bench.cpu_s()
         count = await bench.paced(AIMED_EACH, seconds)
-        what = f"{subscribers:,} transient subscribers of all, {AIMED_EACH}/s each{'' if acks else ', auto_ack'}"
+        what = f"{subscribers:,} {kind} subscribers of all, {AIMED_EACH}/s each{'' if acks else ', auto_ack'}"
         seen = await bench.arrivals(pids, count * subscribers)
         _add(table, bench, what, seen, bench.cpu_s() - before)
         await bench.remove(pids)

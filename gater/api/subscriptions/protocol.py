@@ -83,9 +83,11 @@ def _size(record: Term) -> int:
         found += TERM_BYTES
         if kind is bytes or kind is str:
             found += len(term)
+        elif kind is int or kind is Atom:
+            continue
         elif kind is list or kind is tuple:
             todo.extend(term)
-        elif isinstance(term, Mapping):
+        elif kind is dict or isinstance(term, Mapping):
             found += TERM_BYTES * len(term)
             todo.extend(term.values())
     return found
