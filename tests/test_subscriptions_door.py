@@ -86,6 +86,13 @@ async def open_house(directory: Path, **settings: Any) -> AsyncIterator[House]:
         yield House(system, caller, function_door(caller, system))
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at again or saved after a second is so after a tenth."""
+    monkeypatch.setattr("gater.api.subscriptions.shell.LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr("gater.api.subscriptions.checkpoints.SAVE_AFTER_S", 0.1)
+
+
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     async with open_house(tmp_path) as opened:

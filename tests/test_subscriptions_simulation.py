@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from subscriptions_simulation import Simulation
 
-SCHEDULES = int(os.environ.get("GATER_SUBSCRIPTION_SCHEDULES", "300"))
+SCHEDULES = int(os.environ.get("GATER_SUBSCRIPTION_SCHEDULES", "200"))
 SEED = os.environ.get("GATER_SUBSCRIPTION_SEED")
 
 
