@@ -57,6 +57,6 @@ def test_blocks_are_cut_as_they_were_joined() -> None:
 @pytest.mark.parametrize("case", flat.CASES)
 def test_time_per_byte_does_not_grow_with_the_size(case: str) -> None:
     small, _ = flat.nanoseconds_per_byte(case, 5_000, seconds=0.01)
-    large, _ = flat.nanoseconds_per_byte(case, 150_000, seconds=0.01)
-    # Thirty times the size: quadratic time would make a byte thirty times as dear.
-    assert large < flat.MAX_RATIO * max(small, 1.0)
+    # Thirty times the size: quadratic time would make a byte thirty times as dear, each time. A busy machine, once.
+    larger = (flat.nanoseconds_per_byte(case, 150_000, seconds=0.01)[0] for _ in range(3))
+    assert any(large < flat.MAX_RATIO * max(small, 1.0) for large in larger)

@@ -7,7 +7,7 @@ import gc
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from node_kit import COOKIE, Collector, Counter, running, two_nodes, unique_name, wait_until
+from node_kit import COOKIE, DEADLINE_S, Collector, Counter, running, two_nodes, unique_name, wait_until
 
 from gater.erl import Node, NodeOptions, rpc_server
 from gater.erl.errors import (
@@ -447,5 +447,5 @@ async def test_a_busy_process_does_not_hold_up_others() -> None:
             cast(one, server.pid, 1)
         other = Counter()
         await start_server(two, other)
-        assert await call(one, other.pid, GET) == 0
-        assert await call(one, server.pid, GET) == 20_000
+        assert await call(one, other.pid, GET, timeout_s=DEADLINE_S) == 0
+        assert await call(one, server.pid, GET, timeout_s=DEADLINE_S) == 20_000
