@@ -28,6 +28,7 @@ from gater.api.subscriptions.door import Subscriptions
 from gater.api.worker import RegisteredServer, Workers, export_names
 from gater.cluster.connector import Connector
 from gater.cluster.gossip import Gossip, GossipOptions
+from gater.cluster.introductions import GATER, Introductions
 from gater.cluster.monitor import Change, ClusterMonitor, StoreChanged
 from gater.cluster.strategy import DnsPoll, StaticList, Strategy
 from gater.erl import NodeOptions, etf, make_node
@@ -43,9 +44,6 @@ from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
 from gater.swarm.swarm import Swarm
 from gater.swarm.tracker import TrackerOptions
-
-APPLICATION: Final = "gater"
-"""The application this node says it runs, besides `kernel` and `stdlib`."""
 
 SYNC_NODES_TIMEOUT_S: Final = 1.0
 """How long the tracker waits for nodes to connect before it joins the cluster (Swarm's `sync_nodes_timeout`). Swarm's
@@ -96,6 +94,7 @@ class System:
         self.monitor = ClusterMonitor(
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000
         )
+        self.strategies.append(Introductions(self.node, self._store_nodes))
         self.service.quorum = self._no_quorum
         self.service.doubt = self.monitor.doubt
         self.monitor.watch(self._monitor_saw)
@@ -116,7 +115,7 @@ class System:
         export_names(self.node.exports, self.service, self.swarm)
         for module in ("init", "Elixir.System"):
             self.node.exports.add(module, "stop", self._told_to_stop)
-        self.node.add_application(APPLICATION, "Gateway to ExESDB", version("gater"))
+        self.node.add_application(GATER.name, "Gateway to ExESDB", version("gater"))
         try:
             await self.node.start()
             await start_server(self.node, self._supervisor)
@@ -173,6 +172,9 @@ class System:
             Atom("members"): list(status.members),
             Atom("reachable"): list(status.reachable),
         }
+
+    def _store_nodes(self) -> list[Atom]:
+        return [status.node for status in self.monitor.nodes() if status.is_ex_esdb and status.state == "up"]
 
     def _store_names(self) -> list[str]:
         return [str(store) for store in self.stores.store_ids] if self.stores is not None else []

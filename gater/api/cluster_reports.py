@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from gater.api.schema import datetime_to_term
+from gater.cluster.introductions import GATER
 from gater.cluster.monitor import EX_ESDB, Change, ClusterHealth, ClusterMonitor, NodeChanged, NodeState, NodeStatus
 from gater.erl.errors import ErlangException
 from gater.erl.node import Node
@@ -39,8 +40,6 @@ from gater.pubsub.messages import (
     node_health_updated,
 )
 from gater.pubsub.signatures import MessageRefused, sign, sign_as_written
-
-GATER: Final = Atom("gater")
 
 ASK_TIMEOUT_S: Final = 3.0
 """How long a node may take to write a message of a kilobyte for us; after that it gets none."""

@@ -281,7 +281,8 @@ class Connector:
         """Names that were not taken, by why: `invalid` or `full` (`MAX_FOUND`)."""
 
     def want(self, peer: str, source: str, *, forever: bool) -> bool:
-        """`source` (`static`, `gossip`, `dns`) names a node that is to be connected; call it each time it is heard.
+        """`source` (`static`, `gossip`, `dns`, `introduction`) names a node that is to be connected; call it each time
+        it is heard.
 
         `forever`: never give it up; otherwise it is forgotten `FORGET_AFTER_S` after it was last heard or connected.
         False if the name is not taken: it is our own, is none, or too many are wanted already.

@@ -2,7 +2,7 @@
 
 As libcluster's `Cluster.Strategy`, a strategy is something that is started and stopped; it only names nodes, and what
 is done about a name is decided in `connector.py`. Here: the static list and DNS (`Cluster.Strategy.DNSPoll`); gossip
-stands in `gossip.py`.
+stands in `gossip.py`, what store nodes tell in `introductions.py`.
 """
 
 from __future__ import annotations
