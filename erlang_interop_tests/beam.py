@@ -21,7 +21,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -37,6 +37,7 @@ START_TIMEOUT_S: Final = 20.0
 """A node is up in about half a second; the rest is for machines where many tests start nodes at once."""
 EVAL_TIMEOUT_S: Final = 15.0
 STOP_TIMEOUT_S: Final = 10.0
+FREEZE_TIMEOUT_S: Final = 5.0
 LOG_TAIL_CHARACTERS: Final = 4000
 
 _FRAME_HEADER: Final = struct.Struct(">I")
@@ -380,8 +381,14 @@ class BeamNode:
         await self._forget()
 
     def freeze(self) -> None:
-        """SIGSTOP: the node keeps its connections and answers nothing."""
+        """SIGSTOP: the node keeps its connections and answers nothing. Returns when all its threads stand still."""
         os.kill(self.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + FREEZE_TIMEOUT_S
+        while not all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in self._thread_stats()):
+            assert time.monotonic() < deadline, f"{self.name} did not stand still within {FREEZE_TIMEOUT_S} s"
+
+    def _thread_stats(self) -> Iterator[Path]:
+        return Path(f"/proc/{self.pid}/task").glob("*/stat")
 
     def thaw(self) -> None:
         """SIGCONT."""

@@ -161,7 +161,7 @@ async def test_the_four_checks_answer(ask: Ask) -> None:
         "check_raft_log_consistency",
     ):
         ok, found = await ask(check, STORE)
-        assert ok is OK
+        assert ok is OK, (check, found)
         assert isinstance(found, dict)
 
 

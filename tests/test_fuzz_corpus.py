@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from fuzz import corpus, flat, mutate
+from fuzz import corpus, mutate
 from fuzz.targets import TARGETS, BrokenPromise, block, blocks, checked
 
 MUTATIONS = 150
@@ -52,11 +52,3 @@ def test_a_target_that_breaks_a_promise_is_told_from_one_that_does_not() -> None
 def test_blocks_are_cut_as_they_were_joined() -> None:
     parts = [b"", b"a", bytes(300), b"end"]
     assert list(blocks(b"".join(map(block, parts)))) == parts
-
-
-@pytest.mark.parametrize("case", flat.CASES)
-def test_time_per_byte_does_not_grow_with_the_size(case: str) -> None:
-    small, _ = flat.nanoseconds_per_byte(case, 5_000, seconds=0.01)
-    # Thirty times the size: quadratic time would make a byte thirty times as dear, each time. A busy machine, once.
-    larger = (flat.nanoseconds_per_byte(case, 150_000, seconds=0.01)[0] for _ in range(3))
-    assert any(large < flat.MAX_RATIO * max(small, 1.0) for large in larger)
