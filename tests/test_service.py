@@ -700,11 +700,17 @@ async def test_no_request_alias_or_monitor_is_left_over(tmp_path: Path, use: Cal
         # The tracker watches the gateway's own workers and API server, once it has taken up their names.
         registry, settings = house.system.swarm.registry, house.system.settings
         await wait_until(lambda: len(registry.on_node(house.system.node.name)) > settings.pool_size, "its own names")
+
+        async def used() -> None:
+            await use(house)
+            await wait_until(lambda: house.system.service.under_way == 0, "no request under way")
+            # The workers that died have been replaced and are watched as those before them.
+            await connected(house.system, house.cluster)
+
+        # What is watched from now on for good is so after the first time.
+        await used()
         before = signal_counts()
-        await use(house)
-        await wait_until(lambda: house.system.service.under_way == 0, "no request under way")
-        # The workers that died have been replaced and are watched as those before them.
-        await connected(house.system, house.cluster)
+        await used()
         await wait_until(lambda: signal_counts() <= before, "no more aliases and monitors than before")
 
 
