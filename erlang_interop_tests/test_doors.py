@@ -128,6 +128,7 @@ async def test_wrong_versions_are_refused_with_the_current_one(ask: Ask) -> None
     wrong = Atom("wrong_expected_version")
     assert await ask("append_events", STORE, b"s", 5, [event(2)]) == (ERROR, (wrong, 0))
     assert await ask("append_events", STORE, b"s", -1, [event(2)]) == (ERROR, (wrong, 0))
+    assert await ask("append_events", STORE, b"s", -5, [event(2)]) == (ERROR, (wrong, 0))
     assert await ask("append_events", STORE, b"none", Atom("stream_exists"), [event(2)]) == (ERROR, (wrong, -1))
 
 

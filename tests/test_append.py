@@ -574,6 +574,14 @@ def test_a_number_that_others_have_reached_only_now_is_tried_again() -> None:
     assert plan.ahead(8, 5) == wrong(4)
 
 
+def test_a_version_that_no_stream_has_is_refused_with_the_one_there_is() -> None:
+    for guarded in (True, False):
+        plan = append(-2, known=3)
+        assert plan.begin(guarded=guarded) == AskVersion(fenced=False)
+        assert plan.version(4) == wrong(4)
+        assert plan.version(-1) == wrong(-1)
+
+
 def test_nothing_is_refused_while_an_attempt_could_still_be_stored() -> None:
     plan = sent(append(7))
     assert plan.unknown(guarded=True) == Write(8, True)
@@ -588,6 +596,12 @@ def test_nothing_is_refused_while_an_attempt_could_still_be_stored() -> None:
 def test_a_stream_with_holes_is_not_written_to_for_ever() -> None:
     assert kind_of(sent(append(7)).refused(8, 8)) == "storage_failed"
     assert kind_of(sent(append(known=7)).refused(8, 5)) == "storage_failed"
+    # Somebody may have come between the look at the number and the count: the next look tells.
+    plan = sent(append(7))
+    assert plan.ahead(8, 10) == Write(8, False)
+    plan.sent()
+    assert kind_of(plan.ahead(8, 10)) == "storage_failed"
+    assert kind_of(plan.out_of_time(TIMEOUT_S)) == "call_timeout"
 
 
 def test_the_outcome_is_known_until_something_is_sent() -> None:

@@ -33,6 +33,9 @@ from typing import Final, TypeAlias
 from gater.api import schema
 from gater.erl.terms import Atom, Term
 
+NO_STREAM: Final = -1
+"""The least version there is: that of a stream that does not exist."""
+
 _UNCERTAIN: Final = "no certainty within {:g} s; read the stream and look for the event ids"
 
 
@@ -84,6 +87,8 @@ class Append:
         self._first: int | None = None
         self._under_way = False
         self._in_doubt = False
+        self._passed = False
+        """Whether the stream was seen beyond `first` while nothing was there."""
 
     @property
     def expects_number(self) -> bool:
@@ -93,7 +98,10 @@ class Append:
     def begin(self, *, guarded: bool) -> Step:
         """The first step; again after a change of owner if nothing has been written yet."""
         if type(self._expected) is int:
-            return self._write(self._expected + 1)
+            if self._expected >= NO_STREAM:
+                return self._write(self._expected + 1)
+            # A version that no stream ever has is refused with the one this stream has.
+            return AskVersion(fenced=False)
         if self._known is not None and self._known >= 0 and guarded:
             return self._write(self._known + 1)
         return AskVersion(fenced=self._expected is schema.STREAM_EXISTS)
@@ -104,12 +112,13 @@ class Append:
 
     def version(self, version: int) -> Step:
         """The stream is at `version` (-1: it does not exist)."""
-        if self._expected is schema.STREAM_EXISTS and version < 0:
+        if self.expects_number or (self._expected is schema.STREAM_EXISTS and version < 0):
             return _wrong_version(version + 1)
         return self._write(version + 1)
 
     def _write(self, first: int) -> Step:
         self._first = first
+        self._passed = False
         return Write(first, self._in_doubt)
 
     def sent(self) -> None:
@@ -145,8 +154,7 @@ class Append:
         if number > self._first:
             return self._partial(number - self._first, count - 1)
         if count <= number:
-            text = f"the stream has {count} events, but one of number {number}: some were deleted"
-            return Done(schema.error(schema.storage_failed(text)))
+            return _has_holes(f"the stream has {count} events, but one of number {number}")
         return self._refused_at(count)
 
     def ahead(self, number: int, count: int) -> Step:
@@ -160,6 +168,12 @@ class Append:
             # The events before it are stored, or were until somebody deleted them.
             self._in_doubt = True
             return Write(self._first, True, later=True)
+        if count > self._first:
+            if self._passed:
+                # It was beyond `first` before the second look, which found nothing there, either.
+                self._in_doubt = False
+                return _has_holes(f"the stream has {count} events, but none of number {number}")
+            self._passed = True
         if count >= self._first:
             return Write(self._first, self._in_doubt)
         if self._in_doubt:
@@ -211,6 +225,10 @@ class Append:
         if self._under_way or self._in_doubt:
             return Done(schema.error(schema.unknown_outcome(_UNCERTAIN.format(timeout_s))))
         return Done(schema.error(schema.call_timeout(round(timeout_s * 1000))))
+
+
+def _has_holes(what: str) -> Done:
+    return Done(schema.error(schema.storage_failed(f"{what}: some were deleted")))
 
 
 def _wrong_version(count: int) -> Done:
