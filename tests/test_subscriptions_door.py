@@ -361,6 +361,73 @@ async def test_requests_about_unknown_subscriptions_say_so(house: House) -> None
     assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", window=0))[0] is ERROR
 
 
+async def test_nothing_is_kept_of_requests_about_stores_that_nobody_holds(house: House) -> None:
+    for number in range(3):
+        store = Atom(f"none{number}")
+        missing = (ERROR, (Atom("store_not_found"), store))
+        assert await house.ask("list_parked", store, b"p") == missing
+        assert await house.ask("drop_parked", store, b"p") == missing
+        assert await house.ask("remove_subscription", store, BY_STREAM, b"$all", b"p") == missing
+    door = house.system.subscriptions
+    await wait_until(lambda: not door._tasks, "the requests to be over")
+    assert not door._feeds
+
+
+async def test_requests_about_subscriptions_are_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.MAX_REQUESTS", 0)
+    me, overloaded = subscriber(house.caller), (ERROR, Atom("overloaded"))
+    assert await house.subscribe(me, BY_STREAM, b"$s", b"p") == overloaded
+    assert await house.ask("save_subscription", STORE, BY_STREAM, b"$s", b"p", 0, me.pid) == overloaded
+    assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$s", b"p") == overloaded
+
+
+async def test_who_share_a_subscription_are_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.MAX_SUBSCRIBERS", 2)
+    three = [subscriber(house.caller) for _ in range(3)]
+    replies = [await house.subscribe(each, BY_STREAM, b"$s", b"p") for each in three]
+    assert [kind for kind, _ in replies] == [OK, OK, ERROR]
+    assert replies[2][1][0] is Atom("subscription_refused")
+    assert await house.subscribe(three[0], BY_STREAM, b"$s", b"p") == (OK, b"p")
+
+
+async def test_more_parked_events_than_may_be_replayed_at_once_are_replayed_in_parts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.MAX_REPLAYS", 2)
+    monkeypatch.setattr("gater.api.subscriptions.delivery.MAX_REPLAYS", 2)
+    await house.append(b"s", "a", "b", "c")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
+    await me.has(3)
+    for event in me.events:
+        assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+
+    async def parked(count: int) -> bool:
+        return len((await house.ask("list_parked", STORE, b"p"))[1]) == count
+
+    await wait_until(lambda: parked(3), "three events to be parked")
+    assert await house.ask("replay_parked", STORE, b"p") == (OK, 2)
+    await me.has(5)
+    for event in me.events[3:]:
+        assert await house.ask("ack_event", STORE, b"p", me.pid, event) is OK
+    await wait_until(lambda: parked(1), "two of them to be dealt with")
+    assert await house.ask("replay_parked", STORE, b"p") == (OK, 1)
+    await me.has(6)
+    assert me.seen[3:] == [(b"s", 0), (b"s", 1), (b"s", 2)]
+
+
+async def test_a_subscription_may_be_the_first_request_of_a_gateway(tmp_path: Path) -> None:
+    async with open_cluster(tmp_path) as cluster:
+        cluster.registry_open.clear()
+        async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
+            house = House(system, caller, function_door(caller, system))
+            me = subscriber(caller)
+            subscribing = asyncio.create_task(house.subscribe(me, BY_STREAM, b"$all", b"transient"))
+            await wait_until(lambda: bool(system.subscriptions._tasks), "the request")
+            cluster.registry_open.set()
+            assert await subscribing == (OK, b"transient")
+
+
 # The Python client
 
 

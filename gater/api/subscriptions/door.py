@@ -21,6 +21,7 @@ from gater.api import schema
 from gater.api.schema import Rejected, Request
 from gater.api.service import OnReply, OnTaken, Service
 from gater.api.subscriptions import protocol as p
+from gater.api.subscriptions.delivery import MAX_REPLAYS
 from gater.api.subscriptions.matching import SelectorError, compile_selector
 from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, event_of
 from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
@@ -53,6 +54,9 @@ TAKE_OVER_S: Final = 600.0
 
 TRY_AGAIN_S: Final = 0.1
 """Before another attempt: the owner is going, or the store does not answer."""
+
+MAX_SUBSCRIBERS: Final = 1_000
+"""Who share one subscription: each is watched, and all stand together in Swarm's registry."""
 
 STALE_S: Final = 2.0
 """How long a checkpoint that must be there is looked for: the member of the store that is asked may be behind."""
@@ -272,6 +276,9 @@ class Subscriptions:
             reply = schema.error(problem.args[0])
         except TimeoutError:
             reply = schema.error(schema.call_timeout(round(SUBSCRIBE_TIMEOUT_S * 1000)))
+        except Exception as problem:
+            reply = schema.error(schema.worker_died((Atom("error"), described(problem).encode())))
+            raise
         finally:
             on_reply(reply)
 
@@ -282,6 +289,9 @@ class Subscriptions:
             _, store, kind, selector, name, options = term
             return await self._subscribe(store, kind, selector, name, options, passed_on)
         store, name = term[1], term[2]
+        if request.op in ("list_parked", "drop_parked"):
+            # Any gateway can: what is parked is in the store.
+            await self._must_know(store)
         if request.op == "list_parked":
             return schema.ok([parked_term(*each) for each in await self._state(store, name).parked()])
         if request.op == "drop_parked":
@@ -292,8 +302,12 @@ class Subscriptions:
         await _outcome(owned.ready)
         feed = self.feed(store)
         if request.op == "replay_parked":
-            events = [event for event, _, _ in await feed.saved[name].parked()]
-            feed.give(p.ReplayParked(name, events))
+            events = [event for event, _, _ in await feed.saved[name].parked()][:MAX_REPLAYS]
+            try:
+                feed.give(p.ReplayParked(name, events))
+            except ValueError:
+                # Others are being replayed.
+                raise _Refused(schema.OVERLOADED) from None
             return schema.ok(len(events))
         status = feed.status(name)
         if status is None:
@@ -301,8 +315,19 @@ class Subscriptions:
         assert owned.server is not None
         return schema.ok(_status_term(status, owned.server.pid))
 
+    async def _must_know(self, store: Atom) -> None:
+        """Have the registries asked again for a store that is not known; nothing is kept for one that nobody holds."""
+        service = self._service
+        if service.is_embedded(store) or service.router.is_known(store):
+            return
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        service.refresh(lambda: None if asked.done() else asked.set_result(None))
+        await asked
+        if not service.router.is_known(store):
+            raise _Refused(schema.store_not_found(store))
+
     async def _drop_parked(self, store: Atom, name: bytes, event: Mapping[Term, Term] | None = None) -> Term:
-        # Any gateway can: what is parked is in the store, and the owner keeps nothing of it.
+        # The owner keeps nothing of it.
         saved = self._state(store, name)
         found = [each for each, _, _ in await saved.parked()]
         if event is not None:
@@ -328,6 +353,9 @@ class Subscriptions:
             )
             return True
         if request.op == "remove_subscription":
+            if len(self._tasks) >= MAX_REQUESTS:
+                on_taken(Rejected(schema.OVERLOADED))
+                return True
             self._spawn(self._remove(request, passed_on))
             return passed_on
         if request.op == "ack_event":
@@ -380,8 +408,7 @@ class Subscriptions:
             raise _Refused(refused(str(problem))) from None
         if self._stopping:
             raise _Refused(schema.DRAINING)
-        if not self._service.is_embedded(store) and not self._service.router.is_known(store):
-            raise _Refused(schema.store_not_found(store))
+        await self._must_know(store)
         if name == schema.TRANSIENT:
             await self._join(store, (subscriber, *matcher.identity), spec, subscriber, None)
         else:
@@ -392,6 +419,9 @@ class Subscriptions:
         self, store: Atom, key: Key, spec: Spec, subscriber: Pid, positions: Mapping[bytes, int] | None
     ) -> None:
         feed = self.feed(store)
+        joined = feed.subscribers(key)
+        if len(joined) >= MAX_SUBSCRIBERS and subscriber not in joined:
+            raise _Refused(refused(f"MAX_SUBSCRIBERS ({MAX_SUBSCRIBERS}) share this subscription already"))
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def tell(problem: str | None) -> None:
@@ -403,7 +433,15 @@ class Subscriptions:
 
         feed.on_started.setdefault(key, []).append(tell)
         feed.subscribe(key, spec, subscriber, positions)
-        await started
+        try:
+            await started
+        finally:
+            # Who has given up is not told any more.
+            waiting = feed.on_started.get(key, [])
+            if tell in waiting:
+                waiting.remove(tell)
+                if not waiting:
+                    del feed.on_started[key]
         feed.on_subscribers(key)
 
     async def _subscribe_persistent(
@@ -655,6 +693,10 @@ class Subscriptions:
             owner = None if passed_on else self._elsewhere(store, name)
             if owner is not None:
                 cast(self._service.node, owner, (SUBSCRIPTION, request.term))
+                return
+            try:
+                await self._must_know(store)
+            except _Refused:
                 return
             saved = self._state(store, name, kind, selector)
         else:
