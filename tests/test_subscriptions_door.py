@@ -192,6 +192,19 @@ async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(
         assert other[0] is ERROR
 
 
+@pytest.mark.parametrize(("first", "then"), [(2, 0), (0, 2), (0, Atom("now"))])
+async def test_who_comes_back_does_not_choose_anew_where_it_begins(tmp_path: Path, first: int, then: Term) -> None:
+    async with open_house(tmp_path) as house:
+        await house.append(b"s", "a", "b", "c", "d")
+        reply = await house.subscribe(subscriber(house.caller), BY_STREAM, b"$all", b"p", start_from=first)
+        assert reply == (OK, b"p")
+    async with open_house(tmp_path) as house:
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p", start_from=then))[0] is OK
+        await me.has(4 - first)
+        assert me.seen == [(b"s", number) for number in range(first, 4)]
+
+
 async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(house: House) -> None:
     await house.append(b"s", "a")
     me = subscriber(house.caller)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import structlog
@@ -500,7 +500,8 @@ class Subscriptions:
         """Get the name and start the subscription; False if another gateway has got it."""
         loop = asyncio.get_running_loop()
         feed = self.feed(store)
-        saved = SavedState(feed.snapshots, name, spec.kind, spec.selector)
+        first = spec.start if isinstance(spec.start, int) else 0
+        saved = SavedState(feed.snapshots, name, spec.kind, spec.selector, first)
         problem = saved.problem()
         if problem is not None:
             raise _Refused(problem.reason)
@@ -518,12 +519,13 @@ class Subscriptions:
                 await asyncio.sleep(TRY_AGAIN_S)
                 positions = await saved.load()
             if positions is None:
-                record = schema.Subscription(
-                    spec.kind, spec.selector, name.decode(), spec.start if isinstance(spec.start, int) else 0
-                )
+                record = schema.Subscription(spec.kind, spec.selector, name.decode(), first)
                 self._service.cast(schema.save_subscription_cast(store, record), _ignore)
                 if spec.start is not Start.NOW and not await saved.save({}):
                     raise _Refused(schema.storage_failed("the store did not save the subscription"))
+            else:
+                # It goes on where it was to begin, whatever who comes back says.
+                spec = replace(spec, start=saved.start)
             feed.saved[name] = saved
             await self._join(store, name, spec, subscriber, positions)
         except ValueError as problem_found:

@@ -3,14 +3,14 @@
 All of it are snapshots, which every ExESDB store has, under sources of gater's own:
 
     source "gater.checkpoint", stream NAME, version SHARD (from 0) or RECENT:
-        %{type, selector, shard, write, positions: %{stream => number of the next event}}
+        %{type, selector, start, shard, write, positions: %{stream => number of the next event}}
     source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
         %{event, reason, attempts, write}
 
 A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
 at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write; the
-higher number of a stream counts. A store acknowledges no snapshot: what was written is read back, `write` tells it from
-an earlier one.
+higher number of a stream counts. A stream that is in none of them begins at `start`. A store acknowledges no snapshot:
+what was written is read back, `write` tells it from an earlier one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ LOOK_AGAIN_S: Final = 0.05
 
 _TYPE: Final = Atom("type")
 _SELECTOR: Final = Atom("selector")
+_START: Final = Atom("start")
 _SHARD: Final = Atom("shard")
 _WRITE: Final = Atom("write")
 _POSITIONS: Final = Atom("positions")
@@ -119,11 +120,13 @@ class Snapshots:
 class SavedState:
     """Checkpoint and parked events of one persistent subscription."""
 
-    def __init__(self, snapshots: Snapshots, name: bytes, kind: Atom, selector: Term) -> None:
+    def __init__(self, snapshots: Snapshots, name: bytes, kind: Atom, selector: Term, start: int = 0) -> None:
         self._snapshots = snapshots
         self.name = name
         self.kind = kind
         self.selector = selector
+        self.start = start
+        """The first number wanted of a stream without a position: as given here, or as it was saved (`load`)."""
         self._shards: dict[int, dict[bytes, int]] = {}
         self._recent: dict[bytes, int] = {}
         self._lock = asyncio.Lock()
@@ -148,6 +151,9 @@ class SavedState:
                 raise ValueError(
                     "a subscription of this name has another type or selector: choose another name, or remove it first"
                 )
+            start = record.get(_START)
+            if type(start) is int and start >= 0:
+                self.start = start
             of_shard = {
                 stream: number
                 for stream, number in record.get(_POSITIONS, {}).items()
@@ -189,6 +195,7 @@ class SavedState:
         record: dict[Term, Term] = {
             _TYPE: self.kind,
             _SELECTOR: self.selector,
+            _START: self.start,
             _SHARD: shard,
             _POSITIONS: dict(positions),
         }
