@@ -14,7 +14,7 @@ from gateway_kit import STORE, Ask, caller_node, connected, function_door, gatew
 from node_kit import COOKIE, wait_until
 from structlog.testing import capture_logs
 
-from gater import Gateway, RequestFailed
+from gater import Gateway, RequestFailed, StoreNotFound
 from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent, RecordedEvent
 from gater.api.subscriptions.client import EventSubscription, Handler
@@ -458,6 +458,55 @@ async def test_python_iterates_over_what_was_and_what_comes(house: House) -> Non
         assert [(await anext(events)).event_number for _ in range(2)] == [0, 1]
         await house.append(b"s", "c")
         assert (await anext(events)).event_type == "c"
+
+
+async def test_python_saves_and_removes_subscriptions(house: House) -> None:
+    await house.append(b"s", "a")
+    async with python_client(house.system) as client:
+        me = subscriber(house.caller)
+        await client.save_subscription(STORE.name, {"to": 1}, type="by_event_payload", name="record")
+        await client.save_subscription(STORE.name, "$s", name="mine", start_from=0, subscriber=me.pid)
+        await me.has(1)
+
+        async def saved() -> set[str]:
+            return {each.subscription_name for each in await client.get_subscriptions(STORE.name)}
+
+        assert {"record", "mine"} <= await saved()
+        with pytest.raises(RequestFailed):
+            await client.subscription_status(STORE.name, "record")
+        assert (await client.subscription_status(STORE.name, "mine"))[Atom("subscribers")] == 1
+        await client.remove_subscription(STORE.name, {"to": 1}, type="by_event_payload", name="record")
+        await client.remove_subscription(STORE.name, "$s", name="mine")
+
+        async def gone() -> bool:
+            return not {"record", "mine"} & await saved()
+
+        await wait_until(gone, "both to be removed")
+        with pytest.raises(StoreNotFound):
+            await client.remove_subscription("none", "$s", name="mine")
+        # The name is free for another selector.
+        async with client.subscribe(STORE.name, "$all", name="mine", batch_size=5) as events:
+            assert (await anext(events)).event_number == 0
+
+
+async def test_python_asks_another_gateway_where_one_is_shutting_down(tmp_path: Path) -> None:
+    async with (
+        open_cluster(tmp_path) as cluster,
+        gateway(cluster) as one,
+        gateway(cluster) as two,
+        python_client(one, two) as client,
+    ):
+        for system in (one, two):
+            await connected(system, cluster)
+        await wait_until(lambda: len(client._service.router) == 2, "both gateways")
+        for number, draining in enumerate((one, two)):
+            draining.service._draining = True
+            name = f"p{number}"
+            async with client.subscribe(STORE.name, "$s", name=name):
+                assert (await client.subscription_status(STORE.name, name))[Atom("subscribers")] == 1
+                assert await client.list_parked(STORE.name, name) == []
+            await client.remove_subscription(STORE.name, "$s", name=name)
+            draining.service._draining = False
 
 
 async def test_python_goes_on_under_the_same_name(house: House) -> None:

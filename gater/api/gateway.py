@@ -30,11 +30,11 @@ from gater.api.schema import (
     Subscription,
 )
 from gater.api.service import Service, decoded
-from gater.api.subscriptions.client import EventSubscription, gateway_call
+from gater.api.subscriptions.client import EventSubscription, gateway_call, gateway_tell
 from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected
 from gater.erl.node import Node
-from gater.erl.terms import Atom, Term
+from gater.erl.terms import Atom, Pid, Term
 from gater.errors import InvalidRequest
 from gater.settings import Settings
 
@@ -196,6 +196,7 @@ class Gateway:
         start_from: int | Literal["now"] = 0,
         auto_ack: bool = True,
         window: int | None = None,
+        batch_size: int | None = None,
         ack_timeout_s: float | None = None,
         max_retries: int | None = None,
         strategy: Literal["round_robin", "by_stream"] | None = None,
@@ -211,6 +212,7 @@ class Gateway:
         given = {
             "start_from": Atom("now") if start_from == "now" else start_from,
             "window": window,
+            "batch_size": batch_size,
             "ack_timeout_ms": None if ack_timeout_s is None else round(ack_timeout_s * 1000),
             "max_retries": max_retries,
             "strategy": None if strategy is None else Atom(strategy),
@@ -225,6 +227,33 @@ class Gateway:
             options,
             auto_ack,
         )
+
+    async def save_subscription(
+        self,
+        store: str,
+        selector: str | Mapping[Term, Term] = "$all",
+        *,
+        type: str = "by_stream",
+        name: str,
+        start_from: int = 0,
+        subscriber: Pid | None = None,
+    ) -> None:
+        """As the original: without a `subscriber` only the record is saved in the store. A `subscriber` is a process
+        of any node, which gets the events. For a program in Python there is `subscribe`."""
+        record = schema.Subscription(Atom(type), selector, name, start_from, subscriber)
+        await self._tell_gateway(schema.save_subscription_cast(Atom(store), record))
+
+    async def remove_subscription(
+        self, store: str, selector: str | Mapping[Term, Term] = "$all", *, type: str = "by_stream", name: str
+    ) -> None:
+        """End the subscription of this name, and forget where it stood and what was put aside. Type and selector must
+        be its own. Returns when a gateway has been told."""
+        await self._tell_gateway(schema.remove_subscription_cast(Atom(store), Atom(type), selector, name))
+
+    async def _tell_gateway(self, request: Any) -> None:
+        reason = await gateway_tell(self._service, request)
+        if reason is not None:
+            raise schema.exception_for(reason, request)
 
     async def subscription_status(self, store: str, name: str) -> Mapping[Term, Term]:
         """How a persistent subscription stands; a map with atoms as keys."""

@@ -19,11 +19,13 @@ import structlog
 from gater.api import schema
 from gater.api.router import Worker
 from gater.api.schema import RecordedEvent
+from gater.api.server import API_MODULE
 from gater.api.service import Service
-from gater.erl.errors import CallError
+from gater.erl.errors import CallError, ErlangException
 from gater.erl.gen_server import call, cast
 from gater.erl.node import Monitor
 from gater.erl.process import SHUTDOWN, CallbackReceiver, Process, described
+from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
 from gater.errors import InvalidRequest
 from gater.pubsub.messages import parse_events
@@ -48,6 +50,7 @@ CALL_TIMEOUT_S: Final = 5.0
 """For a gateway's answer; it gives up itself a little earlier."""
 
 _SUBSCRIBE: Final = Atom("subscribe")
+_DRAINING: Final = (schema.ERROR, schema.DRAINING)
 
 log = structlog.get_logger(__name__)
 
@@ -197,12 +200,10 @@ class EventSubscription:
         process = self._process
         assert process is not None
         request = (_SUBSCRIBE, store, kind, selector, name, self._options | {Atom("subscriber"): process.pid})
+        tried: set[Worker] = set()
         while True:
-            gateway = await _find(self._service, until)
-            try:
-                reply = await call(self._service.node, gateway.address, request, timeout_s=CALL_TIMEOUT_S)
-            except CallError as error:
-                reply = schema.error(schema.worker_died(error.reason))
+            gateway = await _find(self._service, until, tried)
+            reply = await _ask(self._service, gateway, request)
             if reply[0] is not schema.OK:
                 reason = reply[1][0] if type(reply[1]) is tuple else reply[1]
                 if reason not in _FOR_GOOD and loop.time() < until:
@@ -234,8 +235,47 @@ class EventSubscription:
 
 
 async def gateway_call(service: Service, request: tuple[Term, ...]) -> tuple[Term, Term]:
-    """What a gateway answers."""
-    gateway = await _find(service, asyncio.get_running_loop().time() + CALL_TIMEOUT_S)
+    """What a gateway answers; one that is shutting down is not the one to ask."""
+    tried: set[Worker] = set()
+    while True:
+        gateway = await _find(service, asyncio.get_running_loop().time() + CALL_TIMEOUT_S, tried)
+        reply = await _ask(service, gateway, request)
+        if reply != _DRAINING or tried.issuperset(_gateways(service)):
+            return reply
+
+
+async def gateway_tell(service: Service, request: tuple[Term, ...]) -> Term | None:
+    """Have a gateway carry out a request that is a cast, by its function: None, or the reason why it did not.
+
+    A client of store nodes alone tells one of these.
+    """
+    if not _gateways(service) and not service.stores:
+        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        service.refresh(lambda: None if known.done() else known.set_result(None))
+        await known
+    tried: set[Worker] = set()
+    while not tried.issuperset(_gateways(service)):
+        gateway = await _find(service, 0, tried)
+        function, *arguments = request
+        try:
+            reply = await erpc_call(
+                service.node, gateway.node, API_MODULE, str(function), arguments, timeout_s=CALL_TIMEOUT_S
+            )
+        except ErlangException as error:
+            return schema.worker_died(error.reason)
+        if reply is schema.OK:
+            return None
+        if reply != _DRAINING:
+            return reply[1]
+    taken: asyncio.Future[Term | None] = asyncio.get_running_loop().create_future()
+    service.cast(
+        request,
+        lambda refused: None if taken.done() else taken.set_result(None if refused is None else refused.reason),
+    )
+    return await taken
+
+
+async def _ask(service: Service, gateway: Worker, request: tuple[Term, ...]) -> tuple[Term, Term]:
     try:
         reply: tuple[Term, Term] = await call(service.node, gateway.address, request, timeout_s=CALL_TIMEOUT_S)
     except CallError as error:
@@ -243,12 +283,20 @@ async def gateway_call(service: Service, request: tuple[Term, ...]) -> tuple[Ter
     return reply
 
 
-async def _find(service: Service, until: float) -> Worker:
-    """A gateway in sight."""
+def _gateways(service: Service) -> list[Worker]:
+    return [worker for worker in service.router if worker.store is None]
+
+
+async def _find(service: Service, until: float, tried: set[Worker]) -> Worker:
+    """A gateway in sight, one after the other of those that are; it is among the `tried` ones then."""
     while True:
-        for worker in service.router:
-            if worker.store is None:
-                return worker
+        gateways = _gateways(service)
+        if tried.issuperset(gateways):
+            tried.clear()
+        for gateway in gateways:
+            if gateway not in tried:
+                tried.add(gateway)
+                return gateway
         if asyncio.get_running_loop().time() >= until:
             raise InvalidRequest("the client is connected to no gateway: name one in Gateway.connect")
         await asyncio.sleep(TRY_AGAIN_S)
