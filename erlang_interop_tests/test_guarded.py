@@ -11,12 +11,12 @@ from erlang_interop_tests.beam import BeamNode, Beams
 from erlang_interop_tests.standin import DEFAULT_STORE, StandInCluster
 from gater.api import guarded
 from gater.api.schema import NewEvent
-from gater.erl.etf import encode_term
+from gater.erl.etf import decode, encode, encode_term
 from gater.erl.terms import Atom, EncodedTerm, Term
 
 STORE = Atom(DEFAULT_STORE)
 STREAM = b"stream"
-WRITTEN, REFUSED, AHEAD, FAILED = Atom("written"), Atom("refused"), Atom("ahead"), Atom("failed")
+OK, WRITTEN, REFUSED, AHEAD, FAILED = Atom("ok"), Atom("written"), Atom("refused"), Atom("ahead"), Atom("failed")
 
 _EVALUATE = """
 {:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
@@ -30,7 +30,7 @@ catch
 end
 """
 
-_EVALUATE_QUICK = """
+_EVALUATE_FIRST = """
 {:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
 {:ok, forms} = :erl_parse.parse_exprs(tokens)
 
@@ -42,11 +42,13 @@ end
 """
 
 
-async def quick(node: BeamNode, number: int, event: Term, *, wanted: bool = True) -> Any:
-    """What the expression of a first attempt throws."""
-    forms = guarded.Forms(EncodedTerm(encode_term(None)), EncodedTerm(encode_term(None)))
-    _, _, (_, bindings) = guarded.quick_call(forms, STORE, STREAM, [event], number, records=wanted, timeout_ms=1_000)
-    return await node.eval(_EVALUATE_QUICK, source=guarded.QUICK.encode(), bindings=bindings)
+async def first_attempt(node: BeamNode, first: int, *events: Term) -> Any:
+    """What the expression of a first attempt throws, with its records decoded."""
+    forms = guarded.Forms(*(EncodedTerm(encode_term(None)) for _ in guarded.Forms._fields))
+    _, _, (_, bindings) = guarded.first_call(forms, STORE, STREAM, list(events), first, len(events), timeout_ms=1_000)
+    source = guarded.QUICK if len(events) == 1 else guarded.BATCH
+    outcome, number, records = await node.eval(_EVALUATE_FIRST, source=source.encode(), bindings=bindings)
+    return outcome, number, [decode(record) for record in records]
 
 
 async def write(node: BeamNode, first: int, *events: Term, again: bool = False, mine: Sequence[Term] = ()) -> Any:
@@ -67,6 +69,10 @@ def event(name: str, data: Term = None) -> Term:
     return NewEvent("counted:v1", data, {b"by": b"test"}, event_id=name).to_term()
 
 
+async def stored(cluster: StandInCluster) -> list[Any]:
+    return await cluster.events(STREAM.decode())
+
+
 async def ids(cluster: StandInCluster) -> list[bytes]:
     return [each[Atom("event_id")] for each in await cluster.events(STREAM.decode())]
 
@@ -81,21 +87,46 @@ async def test_events_are_written_one_after_the_other(standin: StandInCluster) -
 async def test_a_first_attempt_answers_what_it_has_stored(standin: StandInCluster) -> None:
     node = standin.members[0]
     for number, name in enumerate(("a", "b")):
-        written, last, records = await quick(node, number, event(name))
-        assert (written, last) == (WRITTEN, number)
-        assert records == (await standin.events(STREAM.decode()))[number:]
-    assert await quick(node, 2, event("c"), wanted=False) == (WRITTEN, 2, [])
-    assert await ids(standin) == [b"a", b"b", b"c"]
+        assert await first_attempt(node, number, event(name)) == (OK, number, (await stored(standin))[number:])
+    assert await first_attempt(node, 2, event("c"), event("d"), event("e")) == (OK, 4, (await stored(standin))[2:])
+    assert await ids(standin) == [b"a", b"b", b"c", b"d", b"e"]
+    written = await first_attempt(node, 5, *(event(f"{number}") for number in range(300)))
+    assert written == (OK, 304, (await stored(standin))[5:])
 
 
 async def test_a_first_attempt_stops_where_somebody_elses_event_is(standin: StandInCluster) -> None:
     node = standin.members[0]
     await write(node, 0, event("a"), event("theirs"))
-    stopped, mine = await quick(node, 1, event("x"))
-    assert (stopped, [each[Atom("event_id")] for each in mine]) == (Atom("stopped"), [b"x"])
-    assert await write(node, 1, event("x"), mine=mine) == (REFUSED, 1, 2)
-    assert (await quick(node, 5, event("x")))[0] is Atom("stopped")
+    problem, number, [mine] = await first_attempt(node, 1, event("x"))
+    assert guarded.is_refusal(problem)
+    assert (number, mine[Atom("event_id")], mine[Atom("event_number")]) == (1, b"x", 1)
+    assert await write(node, 1, event("x"), mine=[encode(mine)]) == (REFUSED, 1, 2)
+    for events in ([event("x")], [event("x"), event("y")]):
+        problem, number, _ = await first_attempt(node, 5, *events)
+        assert (guarded.is_refusal(problem), number) == (True, 5)
     assert await ids(standin) == [b"a", b"theirs"]
+
+
+async def test_a_first_attempt_with_several_events_stops_in_the_middle(standin: StandInCluster) -> None:
+    """Khepri refuses what only a writer without conditions can have put there."""
+    node = standin.members[0]
+    await write(node, 0, event("a"))
+    await node.eval(
+        ':ok = :khepri.put(store, [:streams, stream, "000002"], %{event_id: "theirs"})', store=STORE, stream=STREAM
+    )
+    # The stream has two events then, the second of them of number 2.
+    problem, number, [mine] = await first_attempt(node, 2, event("x"), event("y"))
+    assert (guarded.is_refusal(problem), number, mine[Atom("event_id")]) == (True, 2, b"x")
+    await node.eval(
+        ':ok = :khepri.delete(store, [:streams, stream, "000002"])\n'
+        ':ok = :khepri.put(store, [:streams, stream, "000003"], %{event_id: "theirs"})',
+        store=STORE,
+        stream=STREAM,
+    )
+    problem, number, [mine] = await first_attempt(node, 2, event("x"), event("y"), event("z"))
+    assert (guarded.is_refusal(problem), number, mine[Atom("event_id")]) == (True, 3, b"y")
+    assert b"x" in await ids(standin)
+    assert b"z" not in await ids(standin)
 
 
 async def test_records_equal_those_of_the_workers_own_appends(standin: StandInCluster) -> None:
@@ -215,12 +246,13 @@ async def test_a_put_that_khepri_repeated_is_known_by_its_record(repeating: Beam
 
 
 async def test_a_first_attempt_that_khepri_repeated_is_known_by_its_record(repeating: BeamNode) -> None:
-    stopped, mine = await quick(repeating, 0, event("a"))
-    assert stopped is Atom("stopped")
-    assert await write(repeating, 0, event("a"), mine=mine) == (WRITTEN, 0)
+    problem, number, [mine] = await first_attempt(repeating, 0, event("a"))
+    assert (guarded.is_refusal(problem), number) == (True, 0)
+    assert await write(repeating, 0, event("a"), mine=[encode(mine)]) == (WRITTEN, 0)
 
 
 async def test_a_first_attempt_that_nobody_answers_has_failed(standin_of_three: StandInCluster) -> None:
     await standin_of_three.kill(1)
     await standin_of_three.kill(2)
-    assert (await quick(standin_of_three.members[0], 0, event("a")))[0] is FAILED
+    problem, number, _ = await first_attempt(standin_of_three.members[0], 0, event("a"))
+    assert (problem is OK, guarded.is_refusal(problem), number) == (False, False, 0)

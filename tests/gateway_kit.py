@@ -24,6 +24,7 @@ from gater.api.schema import NewEvent, Rejected, Snapshot
 from gater.api.server import API_MODULE
 from gater.erl import Node, NodeOptions, make_node
 from gater.erl.errors import ErlangExit, ErlangThrow
+from gater.erl.etf import encode
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_server
 from gater.erl.process import KILLED, Stop, is_failure
 from gater.erl.rpc import erpc_call
@@ -210,11 +211,13 @@ class StoreNode:
         given = {str(name): value for name, value in bindings}
 
         async def carry_out() -> Term:
-            first = given["First"] if "First" in given else given["Number"]
-            outcome = await self.cluster.append_guarded(
-                given["Store"], given["Stream"], first, given["Events"], again=given.get("Again", False)
-            )
-            raise ErlangThrow(outcome)
+            store, stream, events = given["Store"], given["Stream"], given["Events"]
+            if "First" in given:
+                raise ErlangThrow(
+                    await self.cluster.append_guarded(store, stream, given["First"], events, again=given["Again"])
+                )
+            first = given["Number"] if "Number" in given else given["Last"] + 1 - len(events)
+            raise ErlangThrow(await self.cluster.append_first(store, stream, first, events))
 
         self.cluster.guarded.append(self)
         steps = self.cluster.guarded_steps
@@ -277,6 +280,17 @@ class Cluster:
                 continue
             return (Atom("refused"), number, reason[1] + 1)
         return (Atom("written"), first + len(events) - 1)
+
+    async def append_first(self, store: Atom, stream: bytes, first: int, events: Term) -> Term:
+        """The same for the expressions of a first attempt, which answer records and do not ask why."""
+        records = []
+        for number, each in enumerate(events, first):
+            outcome, _ = await self.ask(("append_events", store, stream, number - 1, [each]))
+            if outcome is not schema.OK:
+                return ((schema.ERROR, (Atom("khepri"), Atom("mismatching_node"), {})), number, [encode(each)])
+            _, found = await self.ask(("get_events", store, stream, number, 1, schema.FORWARD))
+            records.append(encode(found[0]))
+        return (schema.OK, first + len(events) - 1, records)
 
     async def ask(self, request: tuple[Any, ...]) -> Term:
         """What the store itself answers."""

@@ -177,6 +177,7 @@ class _AppendCall:
         "_avoid",
         "_deadline",
         "_events",
+        "_first",
         "_loop",
         "_node",
         "_on_reply",
@@ -209,8 +210,10 @@ class _AppendCall:
         self._writing_on: Atom | None = None
         self._wrote_in_vain = False
         """Whether a write was refused: there are other writers, and the next write may be refused too."""
-        self._records: list[Term] = []
-        """What was stored, if somebody wanted to know."""
+        self._first = 0
+        """The number of the first event in the write under way."""
+        self._records: list[bytes] = []
+        """What has been stored, if that is known: one record for each event."""
         self._pending: PendingRpc | PendingCall | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -323,21 +326,30 @@ class _AppendCall:
         if not self._appends.may_write(node, self, step):
             return
         self._writing_on = node
+        self._first = step.first
         attempt_s = self._attempt_s()
         timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
-        if step.again or self._wrote_in_vain or len(self._request.term[-1]) > 1:
-            self._evaluate(step, self._whole_call(step, (), timeout_ms), attempt_s)
-        else:
-            mfa = guarded.quick_call(
+        if step.again or self._wrote_in_vain:
+            mfa = guarded.call(
                 self._forms(),
                 self._store,
                 self._stream,
                 self._events,
                 step.first,
-                records=self._service.follows(self._store),
+                again=step.again,
                 timeout_ms=timeout_ms,
             )
-            self._evaluate(step, mfa, attempt_s)
+        else:
+            mfa = guarded.first_call(
+                self._forms(),
+                self._store,
+                self._stream,
+                self._events,
+                step.first,
+                len(self._request.term[-1]),
+                timeout_ms=timeout_ms,
+            )
+        self._evaluate(mfa, attempt_s)
 
     def _forms(self) -> guarded.Forms:
         assert self._node is not None
@@ -345,28 +357,30 @@ class _AppendCall:
         assert forms is not None
         return forms
 
-    def _whole_call(self, step: Write, mine: Sequence[Term], timeout_ms: int) -> tuple[Atom, Atom, list[Term]]:
-        return guarded.call(
+    def _ask_why(self, number: int, mine: Sequence[Term]) -> None:
+        """The put of `number` was refused. Another writer was there, or Khepri repeated the put: the whole expression
+        tells which, and in the second case goes on from there."""
+        self._wrote_in_vain = True
+        events = self._events if number == self._first else self._request.term[-1][number - self._first :]
+        attempt_s = self._attempt_s()
+        mfa = guarded.call(
             self._forms(),
             self._store,
             self._stream,
-            self._events,
-            step.first,
-            again=step.again,
+            events,
+            number,
+            again=False,
             mine=mine,
-            timeout_ms=timeout_ms,
+            timeout_ms=max(1, round(attempt_s * PUT_SHARE * 1000)),
         )
+        self._evaluate(mfa, attempt_s)
 
-    def _evaluate(self, step: Write, mfa: tuple[Atom, Atom, list[Term]], attempt_s: float) -> None:
+    def _evaluate(self, mfa: tuple[Atom, Atom, list[Term]], attempt_s: float) -> None:
         node = self._node
         assert node is not None
         self._service.router.breaker(node).probing(self._loop.time())
-
-        def done(result: Term, error: ErlangException | None) -> None:
-            self._guarded_done(step, result, error)
-
         try:
-            self._pending = PendingRpc(self._service.node, node, mfa, done, attempt_s)
+            self._pending = PendingRpc(self._service.node, node, mfa, self._guarded_done, attempt_s)
         except EncodeError as error:
             self._finish(Done(schema.error(schema.invalid_request(f"append_events: {error}"))))
             return
@@ -377,38 +391,34 @@ class _AppendCall:
         if node is not None:
             self._appends.write_ended(node)
 
-    def _guarded_done(self, step: Write, result: Term, error: ErlangException | None) -> None:
+    def _guarded_done(self, result: Term, error: ErlangException | None) -> None:
         self._pending = None
-        if not self.answered and isinstance(error, ErlangThrow):
-            match error.reason:
-                case (kind, list(mine)) if kind is guarded.STOPPED:
-                    # Another writer was there, or Khepri repeated a put: the whole expression tells which.
-                    self._wrote_in_vain = True
-                    attempt_s = self._attempt_s()
-                    timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
-                    self._evaluate(step, self._whole_call(step, mine, timeout_ms), attempt_s)
+        outcome = error.reason if isinstance(error, ErlangThrow) else None
+        if not self.answered:
+            match outcome:
+                case (problem, int(number), [mine]) if guarded.is_refusal(problem):
+                    self._ask_why(number, [mine])
                     return
         self._write_over()
         if self.answered:
             return
-        if isinstance(error, ErlangThrow):
-            match error.reason:
-                case (kind, int(last), *more) if kind is guarded.WRITTEN:
-                    self._node_works()
-                    if more:
-                        self._records = more[0]
-                    self.take(self._plan.written(last))
-                    return
-                case (kind, int(number), int(count)) if kind is guarded.REFUSED:
-                    self._node_works()
-                    self.take(self._plan.refused(number, count))
-                    return
-                case (kind, int(number), int(count)) if kind is guarded.AHEAD:
-                    self._node_works()
-                    self.take(self._plan.ahead(number, count))
-                    return
-        self._attempt_failed(error.reason if error is not None else result)
-        self._again(self._plan.unknown(guarded=True))
+        match outcome:
+            case (kind, int(last), [*records]) if kind is schema.OK:
+                self._node_works()
+                self._records = records
+                self.take(self._plan.written(last))
+            case (kind, int(last)) if kind is guarded.WRITTEN:
+                self._node_works()
+                self.take(self._plan.written(last))
+            case (kind, int(number), int(count)) if kind is guarded.REFUSED:
+                self._node_works()
+                self.take(self._plan.refused(number, count))
+            case (kind, int(number), int(count)) if kind is guarded.AHEAD:
+                self._node_works()
+                self.take(self._plan.ahead(number, count))
+            case _:
+                self._attempt_failed(error.reason if error is not None else result)
+                self._again(self._plan.unknown(guarded=True))
 
     def _write_by_worker(self, first: int) -> None:
         service, node = self._service, self._node
@@ -626,9 +636,16 @@ class _AppendCall:
         try:
             on_reply(done.reply)
             if done.reply[0] is schema.OK:
-                self._service.appended(self._store, self._stream, done.reply[1], self._node, self._records)
+                self._tell(done.reply[1])
         finally:
             self._appends.finished(self)
+
+    def _tell(self, version: Term) -> None:
+        stored: Sequence[tuple[Term, bytes]] = ()
+        if self._records and self._service.follows(self._store):
+            types = (event[schema.EVENT_TYPE] for event in self._request.term[-1])
+            stored = list(zip(types, self._records, strict=True))
+        self._service.appended(self._store, self._stream, version, self._node, stored)
 
 
 def events_to_send(term: tuple[Term, ...], raw: Term) -> Term:

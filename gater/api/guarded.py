@@ -7,10 +7,10 @@ there, nothing is installed); it writes one event after the other under these co
 refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
 therefore it holds against every writer but one that puts without conditions.
 
-There are two expressions. `QUICK` is for the first attempt to write a single event, the usual one, and does nothing
-else. `SOURCE` writes any number, finds out what became of earlier attempts and what a refusal means. That makes it far
-more expensive to evaluate, even when nothing of it is needed: `erl_eval` looks through the body of a fun whenever it
-makes one. Beside the puts of several events that is little.
+There are three expressions. `QUICK` and `BATCH` are for the first attempt to write one event, the usual case, and
+several. They do nothing else: `erl_eval` walks through every word of an expression, so each line costs microseconds
+. `SOURCE` writes any number, finds out what became of earlier attempts and what a
+refusal means. That makes it far more expensive to evaluate, even when nothing of it is needed.
 
 The result leaves the expression as a thrown term: `erl_eval` would return all bindings, the events among them.
 """
@@ -18,6 +18,7 @@ The result leaves the expression as a thrown term: `erl_eval` would return all b
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -25,7 +26,7 @@ from gater.erl.errors import CallError
 from gater.erl.etf import encode_term
 from gater.erl.node import Node
 from gater.erl.rpc import erpc_call
-from gater.erl.terms import Atom, EncodedTerm, Term, TermMap
+from gater.erl.terms import Atom, EncodedTerm, ImproperList, Term, TermMap
 
 SOURCE: Final = """
 Name = fun(Number) -> iolist_to_binary(string:pad(integer_to_list(Number), 6, leading, $0)) end,
@@ -76,7 +77,7 @@ Write = fun Write(Number, []) ->
                                 Write(Number + 1, Events);
                             {ok, Other} ->
                                 Same = Again andalso is_map(Other) andalso Timeless(Other) =:= Timeless(Record),
-                                case Same orelse lists:member(Other, Mine) of
+                                case Same orelse lists:member(Other, [binary_to_term(Made) || Made <- Mine]) of
                                     true -> Write(Number + 1, Events);
                                     false -> Refuse(refused, Number)
                                 end
@@ -95,36 +96,46 @@ Write(First, Events).
     {failed, Number, Problem}  nobody knows whether this number has been written
 
 A refused put may have been stored all the same: Khepri sends a command again when the leader it was sent to goes down,
-and the second one finds the first one's event. Such an event is this very record, to the microsecond, or one of those
-that `QUICK` made (`Mine`). With `Again` an earlier attempt may have stored it, at another time; otherwise it is equal.
+and the second one finds the first one's event. Such an event is this very record, to the microsecond, or the one that
+the first attempt has made (`Mine`, as `term_to_binary`). With `Again` an earlier attempt may have stored it, at another
+time; otherwise it is equal.
 """
 
 QUICK: Final = """
 Now = 'Elixir.DateTime':utc_now(),
 Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
 Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(hd(Events), Stream, Number, Now, Epoch),
-case khepri:put(Store, Path, Record, Options) of
-    ok when Wanted ->
-        throw({written, Number, [Record]});
-    ok ->
-        throw({written, Number, []});
-    {error, {khepri, Reason, _}} when Reason =:= mismatching_node; Reason =:= node_not_found ->
-        throw({stopped, [Record]});
-    Problem ->
-        throw({failed, Number, Problem})
-end.
+throw({khepri:put(Store, Path, Record, Options), Number, [term_to_binary(Record)]}).
 """
-"""Ends by throwing one of
 
-    {written, Number, Records}  the event is stored; its record if it is `Wanted`
-    {stopped, [Record]}         the put was refused: `SOURCE` has to say why; that record
-    {failed, Number, Problem}   nobody knows whether it has been written
+BATCH: Final = """
+Records = [
+    begin
+        Now = 'Elixir.DateTime':utc_now(),
+        Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
+        Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
+        case khepri:put(Store, Path, Record, Options) of
+            ok -> term_to_binary(Record);
+            Problem -> throw({Problem, Number, [term_to_binary(Record)]})
+        end
+    end
+    || {{Number, Path}, Event} <- lists:zip(Places, Events)
+],
+throw({ok, Last, Records}).
+"""
+"""Both end by throwing one of
+
+    {ok, Last, Records}           every event is stored, the last one as this number; as what
+    {Problem, Number, [Record]}   the put of this number was refused or has failed, nothing was written after it; what
+                                  was to be stored
+
+Records are binaries of `term_to_binary`: whoever passes them on need not decode them. `is_refusal` tells a refusal, of
+which `SOURCE` has to say why, from a failure, of which nobody knows whether it has been written.
 """
 
 STREAMS: Final = Atom("streams")
 CHILD_LIST_LENGTH: Final = Atom("child_list_length")
 WRITTEN: Final = Atom("written")
-STOPPED: Final = Atom("stopped")
 REFUSED: Final = Atom("refused")
 AHEAD: Final = Atom("ahead")
 _FUNCTIONS: Final = (
@@ -138,16 +149,28 @@ _FUNCTIONS: Final = (
 
 ERL_EVAL: Final = Atom("erl_eval")
 EXPRS: Final = Atom("exprs")
-_IF_ALL: Final = Atom("if_all")
-_NOTHING_THERE: Final = (Atom("if_node_exists"), False)
-_CHILDREN: Final = Atom("if_child_list_length")
-_TIMEOUT: Final = Atom("timeout")
+_REFUSALS: Final = frozenset((Atom("mismatching_node"), Atom("node_not_found")))
+_ERROR: Final = Atom("error")
+_KHEPRI: Final = Atom("khepri")
+
+_EVENTS: Final = Atom("Events")
+_pack_count: Final = struct.Struct(">I").pack
+_LIST_OF_THREE: Final = b"l\0\0\0\3"
+_NUMBER, _LAST, _OPTIONS, _PATH, _PLACES, _STORE, _STREAM = (
+    b"h\2" + Atom(name).etf for name in ("Number", "Last", "Options", "Path", "Places", "Store", "Stream")
+)
+_PATH_START: Final = _LIST_OF_THREE + STREAMS.etf
+_IF_ALL_OF_TWO: Final = b"h\2" + Atom("if_all").etf + b"l\0\0\0\2"
+_NOTHING_THERE: Final = encode_term((Atom("if_node_exists"), False))
+_CHILDREN: Final = b"h\2" + Atom("if_child_list_length").etf
+_TIMEOUT_OF: Final = b"t\0\0\0\1" + Atom("timeout").etf
 
 
 class Forms(NamedTuple):
-    """The two expressions, parsed by the node that is to evaluate them."""
+    """The expressions, parsed by the node that is to evaluate them."""
 
     quick: EncodedTerm
+    batch: EncodedTerm
     whole: EncodedTerm
 
 
@@ -169,7 +192,7 @@ async def prepare(node: Node, peer: Atom, timeout_s: float) -> Forms | None:
     if not all(answer is True for answer in exported):
         return None
     parsed = []
-    for source in (QUICK, SOURCE):
+    for source in (QUICK, BATCH, SOURCE):
         scanned = await erpc_call(node, peer, "erl_scan", "string", [list(source.encode())], timeout_s=timeout_s)
         _, forms = await erpc_call(node, peer, "erl_parse", "parse_exprs", [scanned[1]], timeout_s=timeout_s)
         parsed.append(EncodedTerm(encode_term(forms)))
@@ -193,23 +216,47 @@ async def version(node: Node, peer: Atom, store: Atom, stream: bytes, timeout_s:
     raise CallError(answer, f"{peer} does not say at which version the stream is: {answer!r}")
 
 
-def quick_call(
-    forms: Forms, store: Atom, stream: bytes, events: Term, number: int, *, records: bool, timeout_ms: int
+def is_refusal(problem: Term) -> bool:
+    """Whether Khepri has refused a put because its conditions did not hold."""
+    match problem:
+        case (error, (khepri, reason, _)) if error is _ERROR and khepri is _KHEPRI:
+            return reason in _REFUSALS
+    return False
+
+
+def first_call(
+    forms: Forms, store: Atom, stream: bytes, events: Term, first: int, count: int, *, timeout_ms: int
 ) -> tuple[Atom, Atom, list[Term]]:
-    """The module, function and arguments of a first attempt to write one event. `events` is the list of one NewEvent,
-    encoded or not; `records`: whether to answer what was stored."""
-    place = (_IF_ALL, [b"%06d" % number, _NOTHING_THERE])
-    path = [STREAMS, stream if number == 0 else (_IF_ALL, [stream, (_CHILDREN, number)]), place]
-    bindings = [
-        (Atom("Events"), events),
-        (Atom("Number"), number),
-        (Atom("Options"), {_TIMEOUT: timeout_ms}),
-        (Atom("Path"), path),
-        (Atom("Store"), store),
-        (Atom("Stream"), stream),
-        (Atom("Wanted"), records),
-    ]
-    return (ERL_EVAL, EXPRS, [forms.quick, bindings])
+    """The module, function and arguments of a first attempt. `events` is the list of `count` NewEvents, encoded or not.
+
+    The bindings behind the events are the same few terms around two names and a number for each append: they are put
+    together as bytes. To Erlang a list whose tail is a list is one list.
+    """
+    stream_term = encode_term(stream)
+    if count == 1:
+        form, number, name, places = forms.quick, _NUMBER + _integer(first), _PATH, _path(stream_term, first)
+    else:
+        form, number, name = forms.batch, _LAST + _integer(first + count - 1), _PLACES
+        paths = ((each, _path(stream_term, each)) for each in range(first, first + count))
+        places = b"l%bj" % (_pack_count(count) + b"".join(b"h\2%b%b" % (_integer(each), path) for each, path in paths))
+    options = _TIMEOUT_OF + _integer(timeout_ms)
+    behind = (number, _OPTIONS, options, name, places, _STORE, store.etf, _STREAM, stream_term, b"j")
+    rest = EncodedTerm(b"l\0\0\0\5" + b"".join(behind))
+    return (ERL_EVAL, EXPRS, [form, ImproperList([(_EVENTS, events)], rest)])
+
+
+def _path(stream: bytes, number: int) -> bytes:
+    """Where event `number` goes, and under which conditions:
+
+    [streams, Stream | {if_all, [Stream, {if_child_list_length, number}]}, {if_all, [Name, {if_node_exists, false}]}]
+    """
+    parent = stream if number == 0 else b"%b%b%b%bj" % (_IF_ALL_OF_TWO, stream, _CHILDREN, _integer(number))
+    name = b"%06d" % number
+    return b"%b%b%bm%b%b%bjj" % (_PATH_START, parent, _IF_ALL_OF_TWO, _pack_count(len(name)), name, _NOTHING_THERE)
+
+
+def _integer(number: int) -> bytes:
+    return b"a%c" % number if number < 256 else encode_term(number)
 
 
 def call(
@@ -224,7 +271,7 @@ def call(
     timeout_ms: int,
 ) -> tuple[Atom, Atom, list[Term]]:
     """The module, function and arguments of one guarded append. `events` are the NewEvents, encoded or not; `mine` the
-    records of the first attempt, which has stopped."""
+    record of the first attempt, which was refused."""
     bindings = [
         (Atom("Again"), again),
         (Atom("Events"), events),

@@ -99,7 +99,9 @@ class SubscriptionDoor(Protocol):
 
     def follows(self, store: Atom, /) -> bool: ...
 
-    def appended(self, store: Atom, stream: bytes, version: int, node: Atom, records: Sequence[Term], /) -> None: ...
+    def appended(
+        self, store: Atom, stream: bytes, version: int, node: Atom, stored: Sequence[tuple[Term, bytes]], /
+    ) -> None: ...
 
 
 class Registries(Protocol):
@@ -242,12 +244,17 @@ class Service:
         return self.subscriptions is not None and self.subscriptions.follows(store)
 
     def appended(
-        self, store: Atom, stream: bytes, version: Term, node: Atom | None = None, records: Sequence[Term] = ()
+        self,
+        store: Atom,
+        stream: bytes,
+        version: Term,
+        node: Atom | None = None,
+        stored: Sequence[tuple[Term, bytes]] = (),
     ) -> None:
-        """An append is done, on `node` (None: here): the stream is at this version, `records` are its last events if
-        they are known."""
+        """An append is done, on `node` (None: here): the stream is at this version, `stored` are its last events (type,
+        and record as `term_to_binary`) if they are known."""
         if self.subscriptions is not None and type(version) is int and version >= 0:
-            self.subscriptions.appended(store, stream, version, node or self.node.name, records)
+            self.subscriptions.appended(store, stream, version, node or self.node.name, stored)
 
     def appended_elsewhere(self, store: Atom, stream: bytes, version: int, node: Atom) -> None:
         """An append has been done on `node` that went through another gateway."""

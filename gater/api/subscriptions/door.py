@@ -23,7 +23,7 @@ from gater.api.service import OnReply, OnTaken, Service
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.delivery import MAX_REPLAYS
 from gater.api.subscriptions.matching import SelectorError, compile_selector
-from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, event_of
+from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, encoded_event
 from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
 from gater.api.subscriptions.shell import StoreFeed
 from gater.erl.errors import CallError
@@ -210,10 +210,12 @@ class Subscriptions:
         feed = self._feeds.get(store)
         return feed is not None and not feed.is_empty
 
-    def appended(self, store: Atom, stream: bytes, version: int, node: Atom, records: Sequence[Term] = ()) -> None:
+    def appended(
+        self, store: Atom, stream: bytes, version: int, node: Atom, stored: Sequence[tuple[Term, bytes]] = ()
+    ) -> None:
         """An append on `node` that went through this gateway: a hint for us and, once a turn of the loop, for the
         others."""
-        self._hint(store, stream, version, records)
+        self._hint(store, stream, version, stored)
         if self._pubsub is not None:
             if not self._told:
                 asyncio.get_running_loop().call_soon(self._tell_others)
@@ -247,13 +249,12 @@ class Subscriptions:
             if type(stream) is bytes and type(number) is int and number >= 0:
                 self._hint(store, stream, number)
 
-    def _hint(self, store: Atom, stream: bytes, version: int, records: Sequence[Term] = ()) -> None:
+    def _hint(self, store: Atom, stream: bytes, version: int, stored: Sequence[tuple[Term, bytes]] = ()) -> None:
         feed = self._feeds.get(store)
         if feed is not None and not feed.is_empty:
-            try:
-                feed.give(Hint(stream, version, [event_of(record) for record in records]))
-            except schema.SchemaError:
-                feed.give(Hint(stream, version))
+            first = version + 1 - len(stored)
+            events = [encoded_event(stream, first + at, kind, record) for at, (kind, record) in enumerate(stored)]
+            feed.give(Hint(stream, version, events))
 
     # Requests
 

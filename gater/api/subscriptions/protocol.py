@@ -14,7 +14,8 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from gater.api import schema
-from gater.erl.etf import encode_term
+from gater.erl.errors import DecodeError
+from gater.erl.etf import decode_encoded, encode_term
 from gater.erl.terms import Atom, EncodedTerm, Term
 
 Key: TypeAlias = Hashable
@@ -36,39 +37,70 @@ RETRY_S: Final = (0.1, 10.0)
 TERM_BYTES: Final = 64
 """What a term in a record costs beside its bytes, about; the size of an event need not be exact."""
 
+MEMORY_OF_A_BYTE: Final = 4
+"""And what a byte of an encoded record costs once that is decoded, about."""
+
 MAX_WINDOW: Final = 10_000
 """The largest window and batch: what one subscription may keep in memory, times two."""
 
 
 class Event:
-    """One recorded event: what order needs to know of it, and the record as it came from the store.
+    """One recorded event: what order and look-up need of it, and the record as the store has it.
 
-    `epoch` is `created_epoch` (microseconds since 1970), 0 if the record has none.
+    Most events are passed on without anybody here looking into them: one that came as bytes (`encoded_event`) is
+    decoded when somebody does, one that came as a term (`event_of`) is encoded when it is sent.
     """
 
-    __slots__ = ("_encoded", "_size", "epoch", "number", "record", "stream", "type")
+    __slots__ = ("_encoded", "_record", "_size", "number", "stream", "type")
 
-    def __init__(self, stream: bytes, number: int, epoch: int, type: Term, record: Mapping[Term, Term]) -> None:
+    def __init__(
+        self,
+        stream: bytes,
+        number: int,
+        type: Term,
+        record: Mapping[Term, Term] | None,
+        encoded: EncodedTerm | None = None,
+    ) -> None:
+        """One of `record` and `encoded` is there."""
         self.stream = stream
         self.number = number
-        self.epoch = epoch
         self.type = type
-        self.record = record
-        self._encoded: EncodedTerm | None = None
+        self._record = record
+        self._encoded = encoded
         self._size = 0
 
     @property
+    def record(self) -> Mapping[Term, Term]:
+        """The EventRecord. DecodeError if what the store node sent is none."""
+        if self._record is None:
+            assert self._encoded is not None
+            record = decode_encoded(self._encoded)
+            if not isinstance(record, Mapping):
+                raise DecodeError(f"expected an EventRecord, got {schema.show(record)}")
+            self._record = record
+        return self._record
+
+    @property
+    def epoch(self) -> int:
+        """`created_epoch`, microseconds since 1970; 0 if the record has none."""
+        epoch = self.record.get(schema.CREATED_EPOCH)
+        return epoch if type(epoch) is int else 0
+
+    @property
     def size(self) -> int:
-        """About how many bytes it takes in memory."""
+        """About how many bytes it takes in memory, as soon as it is decoded."""
         if not self._size:
-            self._size = _size(self.record)
+            if self._record is None and self._encoded is not None:
+                self._size = MEMORY_OF_A_BYTE * len(self._encoded.data)
+            else:
+                self._size = _size(self._record)
         return self._size
 
     @property
     def encoded(self) -> EncodedTerm:
         """The record as other nodes get it, encoded once for all subscribers. EncodeError if it is no term."""
         if self._encoded is None:
-            self._encoded = EncodedTerm(encode_term(self.record))
+            self._encoded = EncodedTerm(encode_term(self._record))
         return self._encoded
 
     def __repr__(self) -> str:
@@ -100,15 +132,14 @@ def event_of(record: Term) -> Event:
         if isinstance(stream, str):
             stream = stream.encode()
         if type(stream) is bytes and type(number) is int and number >= 0:
-            epoch, kind = record.get(schema.CREATED_EPOCH), record.get(schema.EVENT_TYPE)
-            return Event(
-                stream,
-                number,
-                epoch if type(epoch) is int else 0,
-                kind.encode() if isinstance(kind, str) else kind,
-                record,
-            )
+            kind = record.get(schema.EVENT_TYPE)
+            return Event(stream, number, kind.encode() if isinstance(kind, str) else kind, record)
     raise schema.SchemaError(f"expected an EventRecord, got {schema.show(record)}")
+
+
+def encoded_event(stream: bytes, number: int, type: Term, record: bytes) -> Event:
+    """The event whose record is here as `term_to_binary` has made it."""
+    return Event(stream, number, type.encode() if isinstance(type, str) else type, None, EncodedTerm(record[1:]))
 
 
 class Start(Enum):
