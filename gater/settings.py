@@ -28,6 +28,9 @@ DEFAULT_EPMD_PORT: Final = 4369
 DEFAULT_NET_TICKTIME_S: Final = 60
 """As `net_ticktime` of the kernel application; peers must agree on it within a quarter."""
 
+DEFAULT_BUSY_WAIT_US: Final = 200
+"""A little more than a call to another node takes to be answered; as much as a small call costs anyway."""
+
 DEFAULT_MAX_CONNECTIONS: Final = 1_000
 """Connected nodes, as the original's `max_connections`; a full mesh of this size is far beyond any ExESDB cluster."""
 
@@ -304,6 +307,12 @@ class Settings:
         "node.net_ticktime_s",
         _whole(4, 86_400, "(seconds)"),
         "a node silent for this long is down; the same on every node",
+    )
+    busy_wait_us: int = _setting(
+        DEFAULT_BUSY_WAIT_US,
+        "node.busy_wait_us",
+        _whole(0, 10_000, "(microseconds)"),
+        "how long to look for more input after there was some, before sleeping; 0: not at all",
     )
     max_connections: int = _setting(
         DEFAULT_MAX_CONNECTIONS,

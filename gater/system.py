@@ -72,6 +72,7 @@ class System:
                 epmd_listen_hosts=settings.epmd_listen,
                 builtin_epmd=settings.epmd_builtin,
                 ticktime_s=settings.net_ticktime_s,
+                busy_wait_s=settings.busy_wait_us / 1e6,
                 max_peers=settings.max_connections,
             ),
         )

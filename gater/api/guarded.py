@@ -2,15 +2,15 @@
 
 ExESDB's workers compare versions and then put, so two of them can overwrite each other's events. Khepri, on which
 ExESDB stands, can check and put in one Raft command: "only where nothing is, and only while the stream has C
-children". One `erpc` call evaluates the expression below on a store node (`erl_eval:exprs/2`: an ordinary process
+children". One `erpc` call evaluates an expression on a store node (`erl_eval:exprs/2`: an ordinary process
 there, nothing is installed); it writes one event after the other under these conditions and stops at the first
 refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
 therefore it holds against every writer but one that puts without conditions.
 
 There are three expressions. `QUICK` and `BATCH` are for the first attempt to write one event, the usual case, and
-several. They do nothing else: `erl_eval` walks through every word of an expression, so each line costs microseconds
-. `SOURCE` writes any number, finds out what became of earlier attempts and what a
-refusal means. That makes it far more expensive to evaluate, even when nothing of it is needed.
+several. They do nothing else: `erl_eval` walks through every word of an expression, so each line costs microseconds.
+`SOURCE` writes any number, finds out what became of earlier attempts and what a refusal means. That makes it far more
+expensive to evaluate, even when nothing of it is needed.
 
 The result leaves the expression as a thrown term: `erl_eval` would return all bindings, the events among them.
 """

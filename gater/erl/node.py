@@ -23,6 +23,7 @@ from typing import Any, Final
 import structlog
 
 from gater.erl import control
+from gater.erl.busy_wait import BusyWait
 from gater.erl.connection import MAX_FRAME_BYTES, Connection
 from gater.erl.epmd import BuiltinEpmd, EpmdPortInUse, EpmdUnavailable, Registration, register
 from gater.erl.errors import NodeError
@@ -121,6 +122,9 @@ class NodeOptions:
     max_peers: int = MAX_PEERS
     ticktime_s: float = TICKTIME_S
     max_frame_bytes: int = MAX_FRAME_BYTES
+    busy_wait_s: float = 0.0
+    """How long to look for more input after there was some, before the loop sleeps (`BusyWait`): 0.0002 makes a server
+    of small calls a third quicker, for as much processor time each time. 0: not at all."""
     tls: NodeTls | None = None
     """Distribution over TLS (`-proto_dist inet_tls`), with all peers; None: plain TCP."""
     headers: bool = True
@@ -161,6 +165,7 @@ class Node:
         self.peers = Peers(self)
         self.signals = Signals(self)
         self.router = Router(self)
+        self.busy_wait: BusyWait | None = None
         self._cookie = cookie
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[asyncio.Server] = []
@@ -236,6 +241,7 @@ class Node:
         if self._loop is not None:
             raise NodeError(f"the node {self.name} was started before; make a new one")
         self._loop = asyncio.get_running_loop()
+        self.busy_wait = BusyWait.on_this_machine(self._loop, self.options.busy_wait_s)
         self.started_at = self._loop.time()
         try:
             await self._listen(self._loop)
