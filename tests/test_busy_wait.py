@@ -49,6 +49,26 @@ def test_it_goes_round_until_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(loop.soon) == 1
 
 
+def test_it_goes_round_for_longer_while_an_answer_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, due = [10.0], [True]
+    monkeypatch.setattr(busy_wait, "monotonic", lambda: clock[0])
+    loop = Loop()
+    wait = BusyWait(loop, 0.2)
+    wait.answer_is_due = lambda: due[0]
+    wait.input_came()
+    for clock[0] in (10.1, 10.3, 10.59):
+        loop.turn()
+        assert len(loop.soon) == 1
+    due[0] = False
+    loop.turn()
+    assert loop.soon == [], "it has come"
+    due[0] = True
+    wait.input_came()
+    clock[0] += 0.61
+    loop.turn()
+    assert loop.soon == [], "it takes too long"
+
+
 @pytest.mark.parametrize(("processors", "wait_s", "there"), [(1, 0.2, False), (2, 0.2, True), (2, 0.0, False)])
 def test_it_is_there_where_it_is_wanted_and_a_processor_is_left(
     monkeypatch: pytest.MonkeyPatch, processors: int, wait_s: float, there: bool
