@@ -123,8 +123,7 @@ class System:
         except BaseException:
             await self._close()
             raise
-        if self.node.busy_wait is not None:
-            self.node.busy_wait.answer_is_due = lambda: self.service.under_way > 0
+        self.node.busy_wait.answer_is_due = lambda: self.service.under_way > 0
         # Gateways tell each other of appends by Phoenix.PubSub, and hear the stores' emitters.
         self.subscriptions.start(self.pubsub, self.settings.pub_sub)
         self.discovery.start()

@@ -69,9 +69,63 @@ def test_it_goes_round_for_longer_while_an_answer_is_due(monkeypatch: pytest.Mon
     assert loop.soon == [], "it takes too long"
 
 
-@pytest.mark.parametrize(("processors", "wait_s", "there"), [(1, 0.2, False), (2, 0.2, True), (2, 0.0, False)])
-def test_it_is_there_where_it_is_wanted_and_a_processor_is_left(
-    monkeypatch: pytest.MonkeyPatch, processors: int, wait_s: float, there: bool
+@pytest.mark.parametrize(("processors", "wait_s", "looks"), [(1, 0.2, False), (2, 0.2, True), (2, 0.0, False)])
+def test_it_goes_round_where_that_is_wanted_and_a_processor_is_left(
+    monkeypatch: pytest.MonkeyPatch, processors: int, wait_s: float, looks: bool
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
-    assert (BusyWait.on_this_machine(Loop(), wait_s) is not None) is there
+    loop = Loop()
+    BusyWait(loop, wait_s).input_came()
+    assert bool(loop.soon) is looks
+
+
+def test_what_nobody_waits_for_is_done_when_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [10.0]
+    monkeypatch.setattr(busy_wait, "monotonic", lambda: clock[0])
+    loop, done = Loop(), []
+    wait = BusyWait(loop, 0.2)
+    wait.input_came()
+    wait.later(lambda: done.append(1))
+    wait.later(lambda: done.append(2))
+    loop.turn()
+    assert done == []
+    clock[0] += busy_wait.QUIET_S * 1.1
+    loop.turn()
+    assert done == [1], "one at a time: there may be input again"
+    wait.input_came()
+    loop.turn()
+    assert done == [1]
+    clock[0] += busy_wait.QUIET_S * 1.1
+    loop.turn()
+    assert done == [1, 2]
+
+
+def test_what_nobody_waits_for_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [10.0]
+    monkeypatch.setattr(busy_wait, "monotonic", lambda: clock[0])
+    loop, done = Loop(), []
+    wait = BusyWait(loop, 0.2)
+    wait.later(lambda: done.append("late"))
+    while not done:
+        assert clock[0] < 10.0 + 2 * busy_wait.LATER_S
+        clock[0] += busy_wait.QUIET_S / 2
+        wait.input_came()
+        loop.turn()
+    for number in range(busy_wait.MAX_LATER + 1):
+        wait.later(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert done == ["late", *range(busy_wait.MAX_LATER + 1)]
+    wait.later(lambda: done.append("before"))
+    wait.do_later()
+    assert done[-1] == "before"
+
+
+def test_without_busy_waiting_it_is_done_in_the_next_turn() -> None:
+    loop, done = Loop(), []
+    wait = BusyWait(loop, 0.0)
+    wait.later(lambda: done.append(1))
+    wait.later(lambda: done.append(2))
+    assert done == []
+    loop.turn()
+    assert done == [1, 2]
+    loop.turn()
+    assert loop.soon == []

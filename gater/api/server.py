@@ -25,6 +25,8 @@ API_MODULE: Final = "Elixir.ExESDBGater.API"
 _DEFAULT_SUBSCRIPTION: Final = (b"transient", 0, None)
 """Name, start and subscriber of `save_subscription/3`."""
 
+_ACK_EVENT: Final = Atom("ack_event")
+
 Build: TypeAlias = Callable[[tuple[Term, ...]], Term]
 
 log = structlog.get_logger(__name__)
@@ -46,7 +48,17 @@ class ApiServer(GenServer):
         return NO_REPLY
 
     def handle_cast(self, message: Term) -> None:
-        self._service.cast(self._decoded(message), _log_refusal, raw=message)
+        if type(message) is tuple and message and message[0] is _ACK_EVENT:
+            # The subscriber goes on without it, and whoever asks for something at the same moment waits.
+            self.process.node.busy_wait.later(lambda: self._take(message))
+        else:
+            self._service.cast(self._decoded(message), _log_refusal, raw=message)
+
+    def _take(self, acknowledgement: Term) -> None:
+        try:
+            self._service.cast(self._decoded(acknowledgement), _log_refusal, raw=acknowledgement)
+        except Exception as error:
+            self.process.fail(error)
 
     def get_state(self) -> Term:
         return {

@@ -1,18 +1,20 @@
-"""Looking for input for a moment before going to sleep, as the schedulers of a BEAM do (`+sbwt`).
+"""What a node does between inputs: it looks for more for a moment before it sleeps, and does what nobody waits for.
 
-A process that sleeps in the kernel is woken some 50 microseconds after its input has arrived; one that looks all the
-time has it at once. Input rarely comes alone: the request is followed by the store's answer, the answer by the next
-request. So after each input the loop goes on for a while without waiting in between, and for longer while an answer is
-being waited for; if nothing comes, it sleeps. A process that has always something to do is not affected.
+*Looking.* A process that sleeps in the kernel is woken some 50 microseconds after its input has arrived; one that looks
+all the time has it at once, as the schedulers of a BEAM do (`+sbwt`). Input rarely comes alone: the request is followed
+by the store's answer, the answer by the next request. So after each input the loop goes on for a while without waiting
+in between, and for longer while an answer is being waited for; if nothing comes, it sleeps. A process that has always
+something to do is not affected. It costs processor time that nobody else wants, where there is a processor to spare.
+With only one the peer could not run meanwhile, and nothing is looked for.
 
-It costs processor time that nobody else wants, where there is a processor to spare. With only one the peer could not
-run meanwhile: `on_this_machine` gives none then.
+*What nobody waits for* (`later`) is done once nothing has come for `QUIET_S`, and after `LATER_S` in any case.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Final
@@ -21,35 +23,68 @@ FOR_AN_ANSWER: Final = 3
 """Times as long it is waited while an answer is due: a store that writes takes longer than one that looks something
 up."""
 
+QUIET_S: Final = 0.00005
+"""How long nothing has come when there is time for what nobody waits for: what belongs together comes faster."""
+
+LATER_S: Final = 0.001
+"""How long that may wait when input comes all the time."""
+
+MAX_LATER: Final = 256
+"""How much of it may wait."""
+
 
 class BusyWait:
     """Keeps a loop from sleeping for `wait_s` seconds after each `input_came`, `FOR_AN_ANSWER` times as long while
-    `answer_is_due()`."""
+    `answer_is_due()`. With 0 it never does, and there is time in the next turn of the loop."""
 
-    __slots__ = ("_came", "_is_looking", "_loop", "_wait_s", "answer_is_due")
+    __slots__ = ("_came", "_is_looking", "_later", "_later_since", "_loop", "answer_is_due", "wait_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, wait_s: float) -> None:
+        self.wait_s = wait_s if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self.answer_is_due: Callable[[], bool] = lambda: False
         self._loop = loop
-        self._wait_s = wait_s
         self._came = 0.0
         self._is_looking = False
-        self.answer_is_due: Callable[[], bool] = lambda: False
-
-    @classmethod
-    def on_this_machine(cls, loop: asyncio.AbstractEventLoop, wait_s: float) -> BusyWait | None:
-        """One where it makes sense: the time is not 0, and this process may use more than one processor."""
-        return cls(loop, wait_s) if wait_s > 0 and len(os.sched_getaffinity(0)) > 1 else None
+        self._later: deque[Callable[[], object]] = deque()
+        self._later_since = 0.0
 
     def input_came(self) -> None:
         """There may soon be more."""
-        self._came = monotonic()
+        if self.wait_s:
+            self._came = monotonic()
+            self._begin_to_look()
+            if self._later and self._came - self._later_since > LATER_S:
+                self.do_later()
+
+    def later(self, call: Callable[[], object]) -> None:
+        """Call something when there is time. It must not raise."""
+        later = self._later
+        if not later:
+            self._later_since = monotonic()
+            self._begin_to_look()
+        later.append(call)
+        if len(later) > MAX_LATER:
+            self.do_later()
+
+    def do_later(self) -> None:
+        """Call all of that now: something follows that it has to come before."""
+        for _ in range(len(self._later)):
+            self._later.popleft()()
+
+    def _begin_to_look(self) -> None:
         if not self._is_looking:
             self._is_looking = True
             self._loop.call_soon(self._look)
 
     def _look(self) -> None:
-        waited, wait_s = monotonic() - self._came, self._wait_s
-        if waited < wait_s or (waited < wait_s * FOR_AN_ANSWER and self.answer_is_due()):
+        waited, wait_s = monotonic() - self._came, self.wait_s
+        if self._later:
+            self._loop.call_soon(self._look)
+            if not wait_s:
+                self.do_later()
+            elif waited >= QUIET_S:
+                self._later.popleft()()
+        elif waited < wait_s or (waited < wait_s * FOR_AN_ANSWER and self.answer_is_due()):
             # The loop takes what input there is before it comes here again, and does not wait for any.
             self._loop.call_soon(self._look)
         else:

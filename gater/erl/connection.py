@@ -637,8 +637,7 @@ class PeerProtocol(asyncio.Protocol):
             log.error("route_failed", node=str(node.name), peer=str(connection.peer), error=described(error))
             connection.abort(f"internal error: {error!r}")
         node.turn()
-        if node.busy_wait is not None:
-            node.busy_wait.input_came()
+        node.busy_wait.input_came()
 
     def _read_on(self) -> None:
         if self.transport is not None and not self._closing:

@@ -165,7 +165,7 @@ class Node:
         self.peers = Peers(self)
         self.signals = Signals(self)
         self.router = Router(self)
-        self.busy_wait: BusyWait | None = None
+        self.busy_wait: BusyWait
         self._cookie = cookie
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[asyncio.Server] = []
@@ -241,7 +241,7 @@ class Node:
         if self._loop is not None:
             raise NodeError(f"the node {self.name} was started before; make a new one")
         self._loop = asyncio.get_running_loop()
-        self.busy_wait = BusyWait.on_this_machine(self._loop, self.options.busy_wait_s)
+        self.busy_wait = BusyWait(self._loop, self.options.busy_wait_s)
         self.started_at = self._loop.time()
         try:
             await self._listen(self._loop)

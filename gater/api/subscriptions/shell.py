@@ -111,6 +111,9 @@ class StoreFeed:
 
     def give(self, *inputs: Input) -> None:
         """Hand the feed its inputs, and carry out what comes of it."""
+        if type(inputs[0]) is not p.Ack:
+            # Acknowledgements are put off (`ApiServer`); to the feed they come when they came.
+            self._node.busy_wait.do_later()
         self._inputs.extend(inputs)
         if self._running or self._closed:
             return
