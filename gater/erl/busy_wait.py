@@ -4,7 +4,8 @@
 all the time has it at once, as the schedulers of a BEAM do (`+sbwt`). Input rarely comes alone: the request is followed
 by the store's answer, the answer by the next request. So after each input the loop goes on for a while without waiting
 in between, and for longer while an answer is being waited for; if nothing comes, it sleeps. A process that has always
-something to do is not affected. It costs processor time that nobody else wants, where there is a processor to spare.
+something to do is not affected. It costs processor time that nobody else wants: a process that has something to do gets
+the processor at once (`sched_yield`).
 With only one the peer could not run meanwhile, and nothing is looked for.
 
 *What nobody waits for* (`later`) is done once nothing has come for `QUIET_S`, and after `LATER_S` in any case.
@@ -79,13 +80,18 @@ class BusyWait:
     def _look(self) -> None:
         waited, wait_s = monotonic() - self._came, self.wait_s
         if self._later:
-            self._loop.call_soon(self._look)
+            self._go_on_looking()
             if not wait_s:
                 self.do_later()
             elif waited >= QUIET_S:
                 self._later.popleft()()
         elif waited < wait_s or (waited < wait_s * FOR_AN_ANSWER and self.answer_is_due()):
-            # The loop takes what input there is before it comes here again, and does not wait for any.
-            self._loop.call_soon(self._look)
+            self._go_on_looking()
         else:
             self._is_looking = False
+
+    def _go_on_looking(self) -> None:
+        # Whoever has something to do comes first: without this, other processes of a busy machine wait for us.
+        os.sched_yield()
+        # The loop takes what input there is before it comes here again, and does not wait for any.
+        self._loop.call_soon(self._look)
