@@ -4,9 +4,8 @@
 all the time has it at once, as the schedulers of a BEAM do (`+sbwt`). Input rarely comes alone: the request is followed
 by the store's answer, the answer by the next request. So after each input the loop goes on for a while without waiting
 in between, and for longer while an answer is being waited for; if nothing comes, it sleeps. A process that has always
-something to do is not affected. It costs processor time that nobody else wants: a process that has something to do gets
-the processor at once (`sched_yield`).
-With only one the peer could not run meanwhile, and nothing is looked for.
+something to do is not affected. It costs processor time that nobody else wants: whoever has something to do gets the
+processor at once (`sched_yield`). With only one processor nothing is looked for.
 
 *What nobody waits for* (`later`) is done once nothing has come for `QUIET_S`, and after `LATER_S` in any case.
 """
