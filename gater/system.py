@@ -39,7 +39,6 @@ from gater.erl.rpc import erpc_call
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Term
 from gater.pubsub.adapter import PubSub
-from gater.pubsub.messages import MONITOR_SERVER, SERVERS
 from gater.settings import Settings
 from gater.store import EmbeddedStores, StoreOptions
 from gater.swarm.swarm import Swarm
@@ -90,7 +89,7 @@ class System:
         self.discovery.on_change = self.workers.update
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.strategies = _strategies(settings)
-        self.pubsub = PubSub(self.node, dict.fromkeys((*SERVERS, MONITOR_SERVER, settings.pub_sub)))
+        self.pubsub = PubSub(self.node, secret_key_base=settings.secret_key_base, events_server=settings.pub_sub)
         self.subscriptions = Subscriptions(self.service, self.swarm)
         self.monitor = ClusterMonitor(
             self.node, self.connector, health_interval_s=settings.health_check_interval_ms / 1000

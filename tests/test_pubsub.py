@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from node_kit import free_port, wait_until
+from structlog.testing import capture_logs
 
 from gater.api import schema
 from gater.erl.errors import NodeError
@@ -23,6 +24,7 @@ from gater.pubsub.messages import (
     MONITOR_SERVER,
     SCOPE,
     SERVERS,
+    SIGNED_SERVERS,
     appended_message,
     events_message,
     forward_to_local,
@@ -34,6 +36,7 @@ from gater.pubsub.messages import (
     subscription_topic,
     worker_name,
 )
+from gater.pubsub.signatures import sign
 
 CAPTURES = Path(__file__).parent / "captures"
 
@@ -256,6 +259,39 @@ async def test_a_node_has_all_servers_and_they_survive_the_death_of_a_worker(
     await hears(left, right, "ex_esdb_audit", heard)
     assert left["ex_esdb_audit"].peers == [two_nodes[1].whereis("Elixir.ex_esdb_audit.Adapter").pid]  # type: ignore[union-attr]
     assert two_nodes[1].whereis("Elixir.ex_esdb_audit.Adapter") is not worker
+
+
+async def test_where_there_is_a_key_only_what_is_signed_with_it_is_heard(two_nodes: tuple[Node, Node]) -> None:
+    left = PubSub(two_nodes[0], events_server="my_events")
+    right = PubSub(two_nodes[1], secret_key_base="key", events_server="my_events")
+    await left.start()
+    await right.start()
+    heard: list[tuple[str, Term]] = []
+    signed = sign(Atom("message"), "key")
+    good = [(server, signed) for server in sorted(SIGNED_SERVERS)]
+    # Events and what is told of nodes are never signed.
+    good += [(server, 1) for server in ("my_events", "ex_esdb_system", MONITOR_SERVER)]
+    for server, _ in good:
+        right[server].subscribe("t", lambda _, message, server=server: heard.append((server, message)))  # type: ignore[misc]
+    bad = [sign(Atom("message"), "another key"), sign(Atom("message"), ""), Atom("message"), (*signed[:2], 1)]
+    with capture_logs() as logs:
+        for server, message in good:
+            if server in SIGNED_SERVERS:
+                for forged in bad:
+                    left[server].direct_broadcast(two_nodes[1].name, "t", forged)
+            left[server].direct_broadcast(two_nodes[1].name, "t", message)
+        await wait_until(lambda: len(heard) == len(good), "what is signed")
+    assert heard == good
+    for server in SIGNED_SERVERS:
+        assert right[server].refused == {
+            "invalid_signature": 2,
+            "unsecured_message_rejected": 1,
+            "invalid_format": 1,
+        }
+    assert [log["server"] for log in logs if log["event"] == "pubsub_messages_refused"] == sorted(SIGNED_SERVERS)
+    # What this node says itself needs no proof.
+    right["ex_esdb_health"].local_broadcast("t", 2)
+    assert heard[-1] == ("ex_esdb_health", 2)
 
 
 async def test_a_scope_that_died_is_replaced_and_the_other_nodes_know_its_members(

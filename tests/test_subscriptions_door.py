@@ -23,6 +23,7 @@ from gater.erl import NodeOptions
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
+from gater.pubsub.messages import Broadcast
 from gater.system import System
 
 OK = schema.OK
@@ -227,12 +228,19 @@ async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(h
 
 
 async def test_the_server_for_events_has_the_name_of_the_setting(tmp_path: Path) -> None:
-    async with open_house(tmp_path, pub_sub="my_events") as house:
+    async with open_house(tmp_path, pub_sub="my_events", secret_key_base="key") as house:
+        heard: list[Term] = []
+        for name in ("ex_esdb_health", "my_events"):
+            server = house.system.pubsub[name]
+            server.subscribe("t", lambda _, message: heard.append(message))
+            server.heard(Broadcast(b"t", Atom(name), None))
+        # Only what is signed is heard on the others.
+        assert heard == [Atom("my_events")]
         me = subscriber(house.caller)
         assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
         assert house.system.node.whereis("Elixir.my_events.Adapter") is not None
         # The gateways' own topic, and that of the stores' emitters.
-        assert house.system.pubsub["my_events"].subscriptions == 2
+        assert house.system.pubsub["my_events"].subscriptions == 1 + 2
         assert house.system.pubsub["ex_esdb_events"].subscriptions == 0
 
 

@@ -5,6 +5,8 @@ in `messages.py`. A BEAM broadcasts to us because our worker is a member of the 
 there.
 
 Subscribers here are callbacks, called in the loop turn in which the message came. One that raises is logged and stays.
+Where there is a key, what comes from another node on a server whose messages are signed is passed on, as it came, only
+if it is signed with that key (`signatures.py`); else it is counted, and logged now and then.
 
 `PubSub` supervises the scope and the workers: a worker that ends is replaced and joins its group again; with the scope
 all of them are replaced, and the new scope tells the other nodes who is a member now. Subscribers stay subscribed.
@@ -12,11 +14,13 @@ all of them are replaced, and the new scope tells the other nodes who is a membe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol, TypeAlias
 
 import structlog
 
+from gater.erl.errors import ErlError
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, start_server
 from gater.erl.node import Node
 from gater.erl.pg import Scope
@@ -24,20 +28,27 @@ from gater.erl.process import SHUTDOWN, Process, described
 from gater.erl.supervisor import ChildSpec, Supervisor
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.messages import (
+    EVENTS_SERVER,
     MAX_TOPIC_BYTES,
     MONITOR_SERVER,
     SCOPE,
     SERVERS,
+    SIGNED_SERVERS,
+    Broadcast,
     forward_to_local,
     parse_broadcast,
     worker_name,
 )
+from gater.pubsub.signatures import MessageRefused, verify
 
 Handler: TypeAlias = Callable[[bytes, Term], None]
 """Called with topic and message."""
 
 MAX_SUBSCRIPTIONS: Final = 100_000
 """Subscriptions of one server; more are a leak of the code that makes them."""
+
+REPORT_EVERY_S: Final = 60.0
+"""Refused messages are reported at most this often, by each server."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +72,7 @@ class Worker(GenServer):
     def handle_info(self, message: Term) -> None:
         broadcast = parse_broadcast(message)
         if broadcast is not None:
-            self._server.local_broadcast(broadcast.topic, broadcast.message)
+            self._server.heard(broadcast)
 
     def handle_cast(self, message: Term) -> None:
         return
@@ -73,8 +84,13 @@ class Worker(GenServer):
 class PubSubServer:
     """One server, for example `ex_esdb_events`: it can be subscribed to at any time, and hears from `start` on."""
 
-    def __init__(self, node: Node, groups: Groups, name: str) -> None:
+    def __init__(self, node: Node, groups: Groups, name: str, *, key: str = "") -> None:
+        """`key`: what messages of other nodes must be signed with; empty: none has to be."""
         self.name = name
+        self.refused: Counter[str] = Counter()
+        """Messages of other nodes that were not passed on, by the original's reason."""
+        self._key = key
+        self._report_again_at = float("-inf")
         self.group = worker_name(name)
         self._node = node
         self._groups = groups
@@ -146,6 +162,25 @@ class PubSubServer:
     def _sender(self) -> Pid | None:
         return None if self._worker is None else self._worker.pid
 
+    def heard(self, broadcast: Broadcast) -> None:
+        """A broadcast of another node has come."""
+        if broadcast.topic in self._topics and self._is_believed(broadcast.message):
+            self.local_broadcast(broadcast.topic, broadcast.message)
+
+    def _is_believed(self, message: Term) -> bool:
+        if not self._key:
+            return True
+        try:
+            verify(message, self._key)
+        except ErlError as problem:
+            self.refused[problem.reason.name if isinstance(problem, MessageRefused) else "invalid_format"] += 1
+            now = self._node.loop.time()
+            if now >= self._report_again_at:
+                self._report_again_at = now + REPORT_EVERY_S
+                log.warning("pubsub_messages_refused", server=self.name, refused=dict(self.refused))
+            return False
+        return True
+
     def local_broadcast(self, topic: str | bytes, message: Term) -> None:
         """To the subscribers on this node."""
         name = _topic(topic)
@@ -172,10 +207,15 @@ class PubSubServer:
 class PubSub:
     """All servers of a node; `pubsub["ex_esdb_events"]` is one. `start`, as a child of a supervisor."""
 
-    def __init__(self, node: Node, servers: Iterable[str] = (*SERVERS, MONITOR_SERVER)) -> None:
+    def __init__(self, node: Node, *, secret_key_base: str = "", events_server: str = EVENTS_SERVER) -> None:
+        """`events_server` carries the events, whatever its name; `secret_key_base` signs what is signed."""
         self._node = node
         self._scope: Scope | None = None
-        self._servers = {name: PubSubServer(node, self, name) for name in servers}
+        signed = SIGNED_SERVERS - {events_server}
+        self._servers = {
+            name: PubSubServer(node, self, name, key=secret_key_base if name in signed else "")
+            for name in dict.fromkeys((*SERVERS, MONITOR_SERVER, events_server))
+        }
 
     async def start(self) -> Supervisor:
         """Start the scope and the workers. Raises `NodeError` if one of their names is taken."""

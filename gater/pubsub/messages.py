@@ -41,14 +41,16 @@ SERVERS: Final = tuple(
 )
 """The ten servers of `ExESDBGater.PubSubSystem`."""
 
+EVENTS_SERVER: Final = "ex_esdb_events"
 HEALTH_SERVER: Final = "ex_esdb_health"
 SYSTEM_SERVER: Final = "ex_esdb_system"
 MONITOR_SERVER: Final = "ExESDBGater.PubSub"
 """Where `ExESDBGater.ClusterMonitor` broadcasts unless the application names another server. None of the ten: who wants
 to hear it starts a server of that name."""
 
-UNSIGNED_SERVERS: Final = frozenset({"ex_esdb_events"})
-"""Servers whose messages are not wrapped: events go out as they are (`emitter_worker.ex`)."""
+SIGNED_SERVERS: Final = frozenset(SERVERS) - {EVENTS_SERVER, SYSTEM_SERVER}
+"""Servers whose messages are wrapped, signed if there is a key. Events go out as they are (`emitter_worker.ex`), and so
+does what is told of the cluster's nodes (`cluster_monitor.ex`)."""
 
 MAX_TOPIC_BYTES: Final = 1024
 """Topics are a store, a colon and a name; names are bounded by 255 characters each (`MAX_NAME_CHARACTERS`)."""
