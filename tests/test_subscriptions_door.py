@@ -19,6 +19,7 @@ from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent, RecordedEvent
 from gater.api.subscriptions.client import EventSubscription, Handler
 from gater.api.subscriptions.door import SUBSCRIPTION
+from gater.api.subscriptions.protocol import Hint, Input
 from gater.erl import NodeOptions
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
@@ -239,9 +240,35 @@ async def test_the_server_for_events_has_the_name_of_the_setting(tmp_path: Path)
         me = subscriber(house.caller)
         assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
         assert house.system.node.whereis("Elixir.my_events.Adapter") is not None
-        # The gateways' own topic, and that of the stores' emitters.
-        assert house.system.pubsub["my_events"].subscriptions == 1 + 2
+        # The gateways' own topic, and those of the stores' emitters.
+        assert house.system.pubsub["my_events"].subscriptions == 1 + 3
         assert house.system.pubsub["ex_esdb_events"].subscriptions == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "selector", "topic"),
+    [
+        (BY_STREAM, b"$s", "$p"),
+        (BY_EVENT_TYPE, b"x", "*p-x"),
+        (BY_EVENT_PATTERN, {Atom("a"): 1}, "evt-pat-p-38DB2BE"),
+        (BY_EVENT_PAYLOAD, {Atom("a"): 1}, "evt-pay-p-38DB2BE"),
+    ],
+)
+async def test_the_emitters_of_a_saved_subscription_are_hints(
+    house: House, kind: Atom, selector: Term, topic: str
+) -> None:
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, kind, selector, b"p"))[0] is OK
+    feed, server = house.system.subscriptions.feed(STORE), house.system.pubsub["ex_esdb_events"]
+    given: list[Input] = []
+    feed.give = lambda *inputs: given.extend(inputs)  # type: ignore[method-assign]
+    record = {schema.EVENT_STREAM_ID: b"s", schema.EVENT_NUMBER: 3}
+    server.local_broadcast(f"{STORE}:{topic}", (Atom("events"), [record]))
+    assert [(each.stream, each.version) for each in given if isinstance(each, Hint)] == [(b"s", 3)]
+    del feed.give  # type: ignore[attr-defined]
+    before = server.subscriptions
+    assert await house.ask("remove_subscription", STORE, kind, selector, b"p") is OK
+    await wait_until(lambda: server.subscriptions == before - 1, "nobody listens any more")
 
 
 async def test_a_name_with_another_selector_is_refused_after_a_restart_too(tmp_path: Path) -> None:

@@ -31,7 +31,14 @@ from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_
 from gater.erl.process import SHUTDOWN, described
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.adapter import PubSub
-from gater.pubsub.messages import APPENDED_TOPIC, appended_message, parse_appended, parse_events, store_topic
+from gater.pubsub.messages import (
+    APPENDED_TOPIC,
+    appended_message,
+    parse_appended,
+    parse_events,
+    store_topic,
+    subscription_topic,
+)
 from gater.settings import DEFAULT_PUB_SUB
 from gater.swarm.messages import AddMeta, Track, UntrackName, registered_elsewhere
 from gater.swarm.registry import Entry
@@ -145,6 +152,8 @@ class _Owned:
     server: Owner | None = None
     told: list[Pid] = field(default_factory=list)
     """The subscribers that the registry knows."""
+    listen_no_more: Callable[[], None] = lambda: None
+    """Ends listening for the emitters of its record in the store."""
 
     @property
     def swarm_name(self) -> Term:
@@ -527,6 +536,7 @@ class Subscriptions:
                 # It goes on where it was to begin, whatever who comes back says.
                 spec = replace(spec, start=saved.start)
             feed.saved[name] = saved
+            self._listen(owned)
             await self._join(store, name, spec, subscriber, positions)
         except ValueError as problem_found:
             self._unregister(owned)
@@ -541,6 +551,16 @@ class Subscriptions:
             owned.ready.set_result(None)
         log.info("subscription_owned", store=str(store), subscription=name.decode(), taken_over=taken_over)
         return True
+
+    def _listen(self, owned: _Owned) -> None:
+        """The store's emitters, where there are any, broadcast the events of a saved subscription on a topic of its
+        own: hints."""
+        if self._pubsub is not None:
+            with suppress(ValueError):  # such a topic cannot be
+                owned.listen_no_more = self._pubsub[self._events_server].subscribe(
+                    subscription_topic(owned.store, owned.spec.kind, owned.spec.selector, owned.name),
+                    lambda _, message: self._heard_events(owned.store, message),
+                )
 
     async def _register(self, owned: _Owned, subscriber: Pid) -> bool:
         server = owned.server = Owner(self, owned)
@@ -590,6 +610,7 @@ class Subscriptions:
             self._swarm.ask(UntrackName(owned.swarm_name), _ignore)
 
     def _forget(self, owned: _Owned) -> None:
+        owned.listen_no_more()
         if self._owned.get((owned.store, owned.name)) is owned:
             del self._owned[owned.store, owned.name]
             self.feed(owned.store).saved.pop(owned.name, None)
