@@ -130,6 +130,24 @@ async def test_registries_without_workers_give_an_answer_all_the_same(
         assert (await ask_for(system, "get_streams"))[0] is OK
 
 
+async def test_no_more_requests_wait_for_registries_than_the_limit_allows(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.discovery.MAX_WAITING", 3)
+    cluster.registry_open.clear()
+    missing = schema.error(schema.store_not_found(STORE))
+    async with gateway(cluster) as system:
+        await wait_until(lambda: len(system.node.nodes()) == 2, "the connections")
+        replies: list[Term] = []
+        delete = (Atom("delete_snapshot"), STORE, b"source", b"s", 0)
+        for _ in range(5):
+            system.service.cast(delete, lambda refused: replies.append(refused and refused.reply))
+        assert replies == [missing, missing]
+        cluster.registry_open.set()
+        await wait_until(lambda: len(replies) == 5, "those that wait")
+        assert replies[2:] == [None] * 3
+
+
 async def test_workers_that_only_one_node_knows_of_are_used(cluster: Cluster) -> None:
     known = cluster.nodes[1].workers[0]
     cluster.registry = lambda: [known.entry]

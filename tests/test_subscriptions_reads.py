@@ -69,6 +69,17 @@ async def test_a_store_that_was_made_anew_is_seen_to_have_changed(house: House) 
     assert [await reads.index() for _ in range(3)][-1] == 3
 
 
+async def test_a_member_that_is_gone_says_nothing_any_more(house: House) -> None:
+    members = Members(house, [(10, 1), (100, 9), (12, 2)])
+    reads = StoreReads(house.system.service, STORE)
+    assert [await reads.index() for _ in range(3)][-1] == 100
+    node = house.cluster.nodes[1].node
+    await node.stop()
+    await wait_until(lambda: node.name not in house.system.node.nodes(), "the member to be gone")
+    members.said[0] = (11, 1)
+    assert [await reads.index() for _ in range(2)][-1] == 12
+
+
 async def test_where_nobody_tells_an_index_there_is_none(house: House) -> None:
     Members(house, [None] * 3)
     assert await StoreReads(house.system.service, STORE).index() is None

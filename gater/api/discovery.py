@@ -43,6 +43,9 @@ ASK_TIMEOUT_S: Final = 3.0
 REFRESH_WAIT_S: Final = 3.0
 """How long a request waits for nodes to be asked again; a node that hangs may take longer, question after question."""
 
+MAX_WAITING: Final = 10_000
+"""Requests that wait for that; further ones go by what is known already."""
+
 MAX_NODES_TRIED: Final = 64
 """Nodes that registries name, that are not connected and could not be connected with lately; further ones are not
 tried. A cluster has tens of nodes."""
@@ -105,7 +108,13 @@ class Discovery:
             asking.cancel()
 
     def refresh(self, on_done: Callable[[], object]) -> None:
-        """Ask every node again; `on_done()` when all have answered or failed to, or after `REFRESH_WAIT_S`."""
+        """Ask every node again; `on_done()` when all have answered or failed to, or after `REFRESH_WAIT_S`.
+
+        At once when `MAX_WAITING` requests wait for that already.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            on_done()
+            return
         self._waiting.append(on_done)
         if self._no_longer is None:
             self._no_longer = asyncio.get_running_loop().call_later(REFRESH_WAIT_S, self._settle)

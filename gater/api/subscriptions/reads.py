@@ -106,8 +106,6 @@ class StoreReads:
             return None if counted is None else (counted, loop.time() - began)
         until = loop.time() + COUNTS_TIMEOUT_S
         nodes = self._khepri_nodes()
-        for gone in self._applied.keys() - set(nodes):
-            del self._applied[gone]
         for node in sorted(nodes, key=lambda node: self._applied.get(node, -1), reverse=True):
             left_s = until - loop.time()
             if left_s <= 0:
@@ -181,6 +179,9 @@ class StoreReads:
         if service.embedded is not None and service.is_embedded(self.store):
             return service.embedded.committed(self.store)
         nodes = self._khepri_nodes()
+        for gone in self._applied.keys() - set(nodes):
+            # What it knew may be more than the others will ever have, of a store that is made anew.
+            del self._applied[gone]
         now = asyncio.get_running_loop().time()
         # In turn: one that is cut off from the others answers as well, but what it knows stands still.
         self._turn += 1
