@@ -700,3 +700,35 @@ async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, o
         await other.append(b"s", "c")
         await me.has(3)
         assert me.seen == [(b"s", 0), (b"s", 1), (b"s", 2)]
+
+
+async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_store(tmp_path: Path) -> None:
+    async with (
+        open_cluster(tmp_path, khepri=True) as cluster,
+        gateway(cluster) as stays,
+        caller_node(cluster.epmd_port) as caller,
+        gateway(cluster, connect=(*cluster.names, stays.settings.name)) as goes,
+    ):
+        await connected(stays, cluster)
+        await connected(goes, cluster)
+        house = House(goes, caller, function_door(caller, goes))
+        other = House(stays, caller, function_door(caller, stays))
+        await wait_until(lambda: goes.node.name in stays.swarm.members_of_cluster, "gateways to meet")
+        me = subscriber(caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a")
+        await me.has(1)
+        # The store cannot say where the subscription stands.
+        cluster.fence_answer = schema.error(Atom("timeout"))
+        await goes.node.stop()
+        await wait_until(lambda: stays.subscriptions._moving, "the subscription to change hands")
+        assert await other.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
+        assert await other.ask("ack_event", STORE, b"transient", me.pid, me.events[0]) is OK
+        # This one is for the store to deal with; it would have had the others before.
+        assert await other.ask("ack_event", STORE, b"its own", me.pid, me.events[0]) is OK
+        await wait_until(lambda: any(cast[0] is Atom("ack_event") for cast in cluster.casts), "the last one")
+        assert [cast[2] for cast in cluster.casts if cast[0] is Atom("ack_event")] == [b"its own"]
+        cluster.fence_answer = schema.OK
+        await me.has(2)
+        assert me.seen == [(b"s", 0), (b"s", 0)]
+        await wait_until(lambda: not stays.subscriptions._moving, "the subscription to have come")

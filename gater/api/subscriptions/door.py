@@ -10,6 +10,7 @@ checkpoint (`saved.py`) and goes on with the same subscribers.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,8 @@ class Subscriptions:
         self._stopping = False
         self._end_watch: Callable[[], None] = lambda: None
         self._told: dict[tuple[Atom, bytes], tuple[int, Atom]] = {}
+        self._moving: Counter[tuple[Atom, bytes]] = Counter()
+        """Subscriptions that are changing hands, and how many are at it."""
 
     def start(self, pubsub: PubSub | None = None, events_server: str = DEFAULT_PUB_SUB) -> None:
         """Take requests. `pubsub` brings hints, and tells other gateways of appends, by the server for events."""
@@ -368,7 +371,13 @@ class Subscriptions:
             self._spawn(self._remove(request, passed_on))
             return passed_on
         if request.op == "ack_event":
-            return self._each_of(request, passed_on, lambda key, event: p.Ack(key, *event), on_taken)
+            if self._each_of(request, passed_on, lambda key, event: p.Ack(key, *event), on_taken):
+                return True
+            if term[2] == schema.TRANSIENT:
+                # It has ended. A store would save a subscription of this name.
+                on_taken(None)
+                return True
+            return False
         if request.op == "nack_event":
             action = Action(str(term[5]))
             if not self._each_of(request, passed_on, lambda key, event: p.Nack(key, *event, action), on_taken):
@@ -399,8 +408,12 @@ class Subscriptions:
         owner = None if passed_on else self._elsewhere(store, name)
         if owner is not None:
             cast(self._service.node, owner, (SUBSCRIPTION, request.term))
-            on_taken(None)
-        return owner is not None
+        elif (store, name) not in self._owned and (store, name) not in self._moving:
+            return False
+        # Between two gateways nobody can take it: the event will come again. A store, told of it, would save a
+        # subscription of the name for that one stream.
+        on_taken(None)
+        return True
 
     # Subscribing
 
@@ -632,12 +645,21 @@ class Subscriptions:
         properties = old.meta.get(SUBSCRIPTION)
         if type(name) is tuple and len(name) == 3 and isinstance(properties, Mapping):
             for subscriber in properties.get(_SUBSCRIBERS, ()):
+                self._moving[name[1], name[2]] += 1
                 self._spawn(self._take_over(name[1], name[2], properties, subscriber))
 
     async def _take_over(self, store: Atom, name: bytes, properties: Mapping[Term, Term], subscriber: Pid) -> None:
-        options = properties[_OPTIONS]
-        spec = _spec(properties[_TYPE], properties[_SELECTOR], options, persistent=True)
-        await self._keep_trying(store, name, spec, options, subscriber, taken_over=True)
+        try:
+            options = properties[_OPTIONS]
+            spec = _spec(properties[_TYPE], properties[_SELECTOR], options, persistent=True)
+            await self._keep_trying(store, name, spec, options, subscriber, taken_over=True)
+        finally:
+            self._moved(store, name)
+
+    def _moved(self, store: Atom, name: bytes) -> None:
+        self._moving[store, name] -= 1
+        if not self._moving[store, name]:
+            del self._moving[store, name]
 
     async def _keep_trying(
         self,
@@ -682,14 +704,20 @@ class Subscriptions:
         saved = feed.saved.get(owned.name)
         feed.release(owned.name)
         self._forget(owned)
+        self._moving[owned.store, owned.name] += 1
         self._spawn(self._move(owned, saved, subscribers))
 
     async def _move(self, owned: _Owned, saved: SavedState | None, subscribers: Sequence[Pid]) -> None:
-        await _flushed(saved)
-        for subscriber in subscribers:
-            self._spawn(
-                self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
+        try:
+            await _flushed(saved)
+            await asyncio.gather(
+                *(
+                    self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
+                    for subscriber in subscribers
+                )
             )
+        finally:
+            self._moved(owned.store, owned.name)
 
     async def _give_away(self, owned: _Owned) -> None:
         feed = self.feed(owned.store)
