@@ -20,6 +20,7 @@ from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, 
 from gater.api.subscriptions.client import EventSubscription, Handler
 from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.api.subscriptions.protocol import Hint, Input
+from gater.api.subscriptions.reads import StoreReads
 from gater.erl import NodeOptions
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
@@ -474,6 +475,40 @@ async def test_a_subscription_may_be_the_first_request_of_a_gateway(tmp_path: Pa
             await wait_until(lambda: bool(system.subscriptions._tasks), "the request")
             cluster.registry_open.set()
             assert await subscribing == (OK, b"transient")
+
+
+async def test_who_was_told_that_it_takes_too_long_gets_nothing_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(reads: StoreReads, streams: Any) -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr("gater.api.subscriptions.door.SUBSCRIBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(StoreReads, "counts", never)
+    me = subscriber(house.caller)
+    for name in (b"transient", b"p"):
+        error, (kind, _) = await house.subscribe(me, BY_STREAM, b"$all", name)
+        assert (error, kind) == (ERROR, Atom("call_timeout"))
+    feed = house.system.subscriptions.feed(STORE)
+    assert (feed.keys(), feed.on_started, feed._monitors) == ([], {}, {})
+
+
+@pytest.mark.parametrize("fence", [schema.OK, schema.error(Atom("timeout"))])
+async def test_nobody_subscribes_under_a_name_without_a_majority(tmp_path: Path, fence: Term) -> None:
+    async with (
+        open_cluster(tmp_path, khepri=True) as cluster,
+        gateway(cluster) as system,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(system, cluster)
+        house = House(system, caller, function_door(caller, system))
+        cluster.fence_answer = fence
+        system.service.quorum = lambda store: Atom("details")
+        me = subscriber(caller)
+        no_quorum = schema.error(schema.no_quorum(Atom("details")))
+        assert await house.subscribe(me, BY_STREAM, b"$all", b"p") == no_quorum
+        # One without a name writes nothing.
+        assert await house.subscribe(me, BY_STREAM, b"$all", b"transient") == (OK, b"transient")
 
 
 # The Python client

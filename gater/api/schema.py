@@ -474,7 +474,7 @@ _UNKNOWN_OUTCOME: Final = Atom("unknown_outcome")
 _PARTIALLY_APPENDED: Final = Atom("partially_appended")
 _STORED: Final = Atom("stored")
 _OF: Final = Atom("of")
-_NO_QUORUM: Final = Atom("no_quorum")
+NO_QUORUM: Final = Atom("no_quorum")
 STORAGE_FAILED: Final = Atom("storage_failed")
 _REPLY_TOO_LARGE: Final = Atom("reply_too_large")
 NOT_FOUND: Final = Atom("not_found")
@@ -542,7 +542,7 @@ def partially_appended(last_version: int, stored: int, of: int) -> Term:
 
 
 def no_quorum(details: Term) -> Term:
-    return (_NO_QUORUM, details)
+    return (NO_QUORUM, details)
 
 
 def storage_failed(text: str) -> Term:
@@ -617,7 +617,7 @@ _EXCEPTIONS: Final[dict[Atom, Callable[[str, Term], errors.GaterError]]] = {
     _CALL_TIMEOUT: lambda op, timeout_ms: errors.CallTimeout(op, timeout_ms / 1000),
     _WORKER_DIED: errors.WorkerDied,
     _UNKNOWN_OUTCOME: lambda op, text: errors.UnknownOutcome(op, _text(text)),
-    _NO_QUORUM: lambda op, details: errors.NoQuorum(details),
+    NO_QUORUM: lambda op, details: errors.NoQuorum(details),
 }
 
 

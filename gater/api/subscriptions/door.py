@@ -457,13 +457,15 @@ class Subscriptions:
         feed.subscribe(key, spec, subscriber, positions)
         try:
             await started
-        finally:
-            # Who has given up is not told any more.
+        except asyncio.CancelledError:
+            # Who has given up is not told any more, and is to get nothing of what it was told had failed.
             waiting = feed.on_started.get(key, [])
             if tell in waiting:
                 waiting.remove(tell)
-                if not waiting:
-                    del feed.on_started[key]
+            if not waiting:
+                feed.on_started.pop(key, None)
+                feed.down(subscriber, key)
+            raise
         feed.on_subscribers(key)
 
     async def _subscribe_persistent(
@@ -534,17 +536,18 @@ class Subscriptions:
             if not await self._register(owned, subscriber):
                 self._forget(owned)
                 return False
-            positions = await saved.load()
+            positions = await self._load(saved, store)
             until = loop.time() + STALE_S
             while taken_over and positions is None and loop.time() < until:
                 # Where no member of the store can say that it has everything, it may come yet.
                 await asyncio.sleep(TRY_AGAIN_S)
-                positions = await saved.load()
+                positions = await self._load(saved, store)
             if positions is None:
                 record = schema.Subscription(spec.kind, spec.selector, name.decode(), first)
                 self._service.cast(schema.save_subscription_cast(store, record), _ignore)
                 if spec.start is not Start.NOW and not await saved.save({}):
-                    raise _Refused(schema.storage_failed("the store did not save the subscription"))
+                    refusal = self._service.write_refusal(store)
+                    raise _Refused(refusal or schema.storage_failed("the store did not save the subscription"))
             else:
                 # It goes on where it was to begin, whatever who comes back says.
                 spec = replace(spec, start=saved.start)
@@ -564,6 +567,16 @@ class Subscriptions:
             owned.ready.set_result(None)
         log.info("subscription_owned", store=str(store), subscription=name.decode(), taken_over=taken_over)
         return True
+
+    async def _load(self, saved: SavedState, store: Atom) -> dict[bytes, int] | None:
+        """As `SavedState.load`; where the store cannot say, for want of a majority, that is the reason."""
+        try:
+            return await saved.load()
+        except Unreadable:
+            refusal = self._service.write_refusal(store)
+            if refusal is None:
+                raise
+            raise _Refused(refusal) from None
 
     def _listen(self, owned: _Owned) -> None:
         """The store's emitters, where there are any, broadcast the events of a saved subscription on a topic of its
@@ -685,7 +698,7 @@ class Subscriptions:
                 reason = problem.reason
                 if reason == not_found(name):
                     return  # another gateway has it
-                if type(reason) is not tuple or reason[0] is not schema.STORAGE_FAILED:
+                if type(reason) is not tuple or reason[0] not in (schema.STORAGE_FAILED, schema.NO_QUORUM):
                     log.warning("take_over_refused", subscription=name.decode(), reason=repr(reason))
                     return
             except Unreadable as problem:
