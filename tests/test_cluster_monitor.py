@@ -294,6 +294,21 @@ def test_a_new_leader_is_a_change_of_the_store() -> None:
     assert cluster.store.has_quorum
 
 
+def test_a_store_whose_leader_is_lost_is_asked_for_the_next_one_soon() -> None:
+    cluster = Cluster(A, B, C)
+    cluster.pass_time(REFRESH_S)
+    cluster.lose(A)
+    # Nobody has noticed yet.
+    cluster.pass_time(RECHECK_S)
+    assert cluster.store.leader is A
+    cluster.leader = {B: (STORE, C), C: (STORE, C)}
+    cluster.pass_time(RECHECK_S)
+    assert cluster.store.leader is C
+    before = len(cluster.effects)
+    cluster.pass_time(10 * REFRESH_S)
+    assert len([each for each in cluster.effects[before:] if isinstance(each, Ask) and each.question == LEADER]) <= 22
+
+
 def test_nothing_changes_while_all_answers_stay_the_same() -> None:
     cluster = Cluster(A, B, C)
     assert {type(each) for each in cluster.pass_time(60)} == {Ask}

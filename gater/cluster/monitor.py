@@ -33,7 +33,8 @@ REFRESH_S: Final = 3.0
 that has changed is noticed within this time plus `ASK_TIMEOUT_S`."""
 
 RECHECK_S: Final = 1.0
-"""How often a suspect node, and a store whose nodes disagree, are asked again: recovery should not wait."""
+"""How often a suspect node, and a store whose nodes disagree or whose leader is gone, are asked again: recovery should
+not wait."""
 
 HEALTH_INTERVAL_S: Final = 30.0
 """How often other nodes are asked, unless told otherwise. As `health_check_interval` of the original."""
@@ -327,7 +328,10 @@ class ClusterState:
         node.pending.clear()
         node.error = reason
         for store in self._stores.values():
-            store.reports.pop(name, None)
+            if store.reports.pop(name, None) is not None:
+                # Those that are left choose a leader now, if it was this one.
+                for each in store.reports:
+                    self._nodes[each].due = min(self._nodes[each].due, now + RECHECK_S)
         return [*self._enter(name, node, "down", now), *self._look_at_stores(now)]
 
     def draining(self, name: Atom, now: float) -> list[Effect]:
@@ -500,10 +504,10 @@ class ClusterState:
 
     def _ask(self, name: Atom, node: _Node, now: float) -> list[Effect]:
         """The questions of one round. One that is still unanswered is not asked twice."""
-        disagree = any(
-            (store := self._stores.get(each)) is not None and store.differ_since is not None for each in node.stores()
+        unsettled = any(
+            (store := self._stores.get(each)) is not None and self._is_unsettled(store) for each in node.stores()
         )
-        if node.state == "suspect" or (node.is_ex_esdb and disagree):
+        if node.state == "suspect" or (node.is_ex_esdb and unsettled):
             wait_s = RECHECK_S
         else:
             watched = node.is_ex_esdb or now < node.connected_at + SETTLING_S
@@ -514,6 +518,11 @@ class ClusterState:
             effects += self._put(name, node, Question("stores"))
             effects += self._ask_stores(name, node, node.stores())
         return effects
+
+    def _is_unsettled(self, store: _Store) -> bool:
+        """Whether its nodes disagree, or name a leader that is not there."""
+        leader = None if store.seen is None else store.seen.leader
+        return store.differ_since is not None or (leader is not None and self.state(leader) != "up")
 
     def _ask_stores(self, name: Atom, node: _Node, stores: Iterable[Atom]) -> list[Effect]:
         effects: list[Effect] = []
