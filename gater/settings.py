@@ -41,6 +41,9 @@ DEFAULT_GOSSIP_BIND: Final = "0.0.0.0"
 """All addresses: a socket bound to one address gets no multicast."""
 
 DEFAULT_GOSSIP_MULTICAST_ADDR: Final = "239.255.0.1"
+DEFAULT_GOSSIP_MULTICAST_TTL: Final = 1
+"""As `multicast_ttl` of libcluster."""
+
 DEFAULT_CLUSTER_SECRET: Final = "dev_cluster_secret"
 """The original's, so that a development cluster is found without a setting."""
 
@@ -388,6 +391,12 @@ class Settings:
         _optional(_IPV4),
         "address of the interface to send gossip from and to join on; default: the system's choice",
         env=("EX_ESDB_GOSSIP_MULTICAST_IF",),
+    )
+    gossip_multicast_ttl: int = _setting(
+        DEFAULT_GOSSIP_MULTICAST_TTL,
+        "gossip.multicast_ttl",
+        _whole(0, 255),
+        "hops that multicast gossip may take; 0: stay on this machine, 1: on the local network",
     )
     gossip_secret: str = _setting(
         DEFAULT_CLUSTER_SECRET,

@@ -215,6 +215,7 @@ def _strategies(settings: Settings) -> list[Strategy]:
             bind=settings.gossip_bind,
             address=settings.gossip_multicast_addr,
             multicast_if=settings.gossip_multicast_if,
+            ttl=settings.gossip_multicast_ttl,
             secret=settings.gossip_secret,
         )
         strategies.append(Gossip(settings.name, options))

@@ -19,8 +19,11 @@ from gateway_kit import (
 )
 from node_kit import COOKIE, free_port, unique_name, wait_until
 
+from gater import system as system_module
 from gater.api import schema
 from gater.api.server import API_MODULE
+from gater.cluster.gossip import Gossip, GossipOptions
+from gater.cluster.strategy import DnsPoll, StaticList
 from gater.erl.errors import NodeError
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom
@@ -60,6 +63,33 @@ async def test_store_nodes_are_found_by_dns(tmp_path: Path) -> None:
         chosen = {"dns_query": host, "dns_node_basename": basename, "dns_polling_interval_ms": 100}
         async with gateway(epmd_port=cluster.epmd_port, **chosen) as system:
             await connected(system, cluster)
+
+
+def test_nodes_are_found_as_the_settings_say() -> None:
+    given = Settings(
+        name="gater@127.0.0.1",
+        connect=("a@127.0.0.1", "b@127.0.0.1"),
+        dns_query="stores.local",
+        dns_node_basename="store",
+        dns_polling_interval_ms=200,
+        gossip_port=4000,
+        gossip_bind="127.0.0.2",
+        gossip_multicast_addr="239.0.0.1",
+        gossip_multicast_if="127.0.0.3",
+        gossip_multicast_ttl=7,
+        gossip_secret="secret",
+    )
+    listed, dns, gossip = system_module._strategies(given)
+    assert isinstance(listed, StaticList)
+    assert listed._peers == ("a@127.0.0.1", "b@127.0.0.1")
+    assert isinstance(dns, DnsPoll)
+    assert (dns._query, dns._node_basename, dns._interval_s) == ("stores.local", "store", 0.2)
+    assert isinstance(gossip, Gossip)
+    assert gossip._options == GossipOptions(4000, "127.0.0.2", "239.0.0.1", False, "127.0.0.3", 7, "secret")
+    (only,) = system_module._strategies(Settings(name="gater@127.0.0.1"))
+    assert isinstance(only, Gossip)
+    assert only._options == GossipOptions(secret="dev_cluster_secret")
+    assert system_module._strategies(Settings(name="gater@127.0.0.1", gossip=False)) == []
 
 
 async def test_requests_are_taken_as_soon_as_start_has_returned(tmp_path: Path) -> None:
