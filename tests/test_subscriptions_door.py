@@ -287,6 +287,17 @@ async def test_a_name_with_another_selector_is_refused_after_a_restart_too(tmp_p
         await wait_until(free, "the name to be free")
 
 
+async def test_what_only_python_takes_for_the_same_selector_is_another_one(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        assert (await house.subscribe(subscriber(house.caller), BY_EVENT_PAYLOAD, {b"n": 1}, b"p"))[0] is OK
+    async with open_house(tmp_path) as house:
+        for value in (True, 1.0):
+            reply = await house.subscribe(subscriber(house.caller), BY_EVENT_PAYLOAD, {b"n": value}, b"p")
+            assert reply[0] is ERROR
+            assert reply[1][0] is Atom("subscription_refused")
+        assert (await house.subscribe(subscriber(house.caller), BY_EVENT_PAYLOAD, {b"n": 1}, b"p"))[0] is OK
+
+
 async def test_parked_events_are_listed_and_replayed(house: House) -> None:
     await house.append(b"s", "a", "b")
     me = subscriber(house.caller)

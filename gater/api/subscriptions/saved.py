@@ -27,7 +27,7 @@ from gater.api.schema import Rejected, check_request
 from gater.api.service import Service
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.api.subscriptions.reads import StoreReads
-from gater.erl.terms import Atom, Term
+from gater.erl.terms import Atom, Term, exact_key
 
 CHECKPOINTS: Final = "gater.checkpoint"
 PARKED: Final = "gater.parked."
@@ -147,7 +147,8 @@ class SavedState:
         self._shards.clear()
         self._recent = {}
         for _, _, shard, record in found:
-            if record.get(_TYPE) is not self.kind or record.get(_SELECTOR) != self.selector:
+            same = exact_key(record.get(_SELECTOR)) == exact_key(self.selector)
+            if record.get(_TYPE) is not self.kind or not same:
                 raise ValueError(
                     "a subscription of this name has another type or selector: choose another name, or remove it first"
                 )
