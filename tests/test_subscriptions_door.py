@@ -17,11 +17,13 @@ from structlog.testing import capture_logs
 from gater import Gateway, RequestFailed, StoreNotFound
 from gater.api import schema
 from gater.api.schema import BY_EVENT_PATTERN, BY_EVENT_PAYLOAD, BY_EVENT_TYPE, BY_STREAM, NewEvent, RecordedEvent
+from gater.api.server import API_MODULE
 from gater.api.subscriptions.client import EventSubscription, Handler
 from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.api.subscriptions.protocol import Hint, Input
 from gater.api.subscriptions.reads import StoreReads
 from gater.erl import NodeOptions
+from gater.erl.gen_server import cast
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
@@ -176,6 +178,22 @@ async def test_who_died_comes_back_under_the_same_name_and_goes_on_where_it_stop
     assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
     await second.has(2)
     assert second.seen == [(b"s", 2), (b"s", 3)]
+
+
+async def test_what_was_acknowledged_with_the_last_breath_does_not_come_again(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    first = subscriber(house.caller)
+    assert (await house.subscribe(first, BY_STREAM, b"$s", b"p"))[0] is OK
+    await first.has(3)
+    for event in first.events[:2]:
+        cast(
+            house.caller, (Atom(API_MODULE), house.system.node.name), (Atom("ack_event"), STORE, b"p", first.pid, event)
+        )
+    first.die()
+    second = subscriber(house.caller)
+    assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
+    await second.has(1)
+    assert second.seen == [(b"s", 2)]
 
 
 async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(tmp_path: Path) -> None:

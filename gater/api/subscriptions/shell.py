@@ -34,6 +34,9 @@ LOOK_AGAIN_S: Final = 1.0
 MIN_TICK_S: Final = 0.001
 """A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
 
+_BEFORE_ACKS: Final = frozenset({p.Ack, p.Hint, p.Page, p.Counts, p.Index, p.Saved, p.ParkSaved})
+"""Inputs that may come before an acknowledgement that has been put off: no event is delivered again because of them."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -111,8 +114,8 @@ class StoreFeed:
 
     def give(self, *inputs: Input) -> None:
         """Hand the feed its inputs, and carry out what comes of it."""
-        if type(inputs[0]) is not p.Ack:
-            # Acknowledgements are put off (`ApiServer`); to the feed they come when they came.
+        if type(inputs[0]) not in _BEFORE_ACKS:
+            # Acknowledgements are put off (`ApiServer`): they come before what takes an event for not acknowledged.
             self._node.busy_wait.do_later()
         self._inputs.extend(inputs)
         if self._running or self._closed:
