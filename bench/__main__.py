@@ -6,12 +6,14 @@ import argparse
 import asyncio
 import os
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 from bench import codec, echo, gateway, machine, names, subscriptions
 from bench.callers import ROUNDS
+from bench.compiled import compiled_copy
 from bench.report import Table
 
 CHAPTERS: Final = ("echo", "codec", "gateway", "subscriptions", "names")
@@ -55,17 +57,18 @@ async def measure(args: argparse.Namespace) -> AsyncIterator[Table]:
     """The tables of the chapters asked for, each as soon as it is there."""
     beam_echo_ns: float | None = None
     seconds, rounds = (QUICK_CELL_S, 1) if args.quick else (args.seconds, ROUNDS)
+    compiled = compiled_copy(args.copy)
     if "echo" in args.only:
-        tables, beam_echo_ns = await echo.run(seconds, rounds)
+        tables, beam_echo_ns = await echo.run(seconds, rounds, compiled)
         for table in tables:
             yield table
     if "codec" in args.only:
         yield await codec.run(QUICK_CELL_S if args.quick else CODEC_S, rounds)
     if "gateway" in args.only:
-        yield await gateway.run(seconds, rounds, beam_echo_ns)
+        yield await gateway.run(seconds, rounds, beam_echo_ns, compiled)
     if "subscriptions" in args.only:
         quick: dict[str, int] = {"streams": QUICK_STREAMS, "subscribers": QUICK_SUBSCRIBERS} if args.quick else {}
-        yield await subscriptions.run(seconds, beam_echo_ns, **quick)
+        yield await subscriptions.run(seconds, beam_echo_ns, compiled, **quick)
     if "names" in args.only:
         yield await names.run(*((QUICK_CELL_S, QUICK_COUNTS) if args.quick else (NAMES_S, names.COUNTS)))
 
@@ -108,7 +111,9 @@ def main() -> None:
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the page there")
     args = parser.parse_args()
-    page = asyncio.run(make_page(args))
+    with tempfile.TemporaryDirectory(prefix="gater-bench-") as copy:
+        args.copy = Path(copy)
+        page = asyncio.run(make_page(args))
     if args.write is not None:
         args.write.write_text(page)
 

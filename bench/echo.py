@@ -8,9 +8,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from bench.callers import Cell, Figures, Server, load_bench_module, measure
+from bench.compiled import COMPILED
 from bench.machine import NOT_INSTALLED, ROOT, peak_rss_kb, rss_kb
 from bench.report import NONE, Table, megabytes, microseconds, times
 from erlang_interop_tests.beam import BeamNode, Beams, unique_name
@@ -35,13 +37,13 @@ async def start_node(beams: Beams) -> BeamNode:
 
 
 @contextlib.asynccontextmanager
-async def python_server(beams: Beams, loop: str) -> AsyncIterator[Server]:
-    """The echo server on gater's node, in a process of its own."""
+async def python_server(beams: Beams, label: str, loop: str, source: Path = ROOT) -> AsyncIterator[Server]:
+    """The echo server on gater's node, in a process of its own, run from the directory `source`."""
     name = unique_name(loop)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.echo_server", name, beams.cookie, str(await beams.epmd_port()), loop),
         stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
+        cwd=source,
         env={"PATH": os.environ.get("PATH", os.defpath)},
     )
     try:
@@ -49,7 +51,7 @@ async def python_server(beams: Beams, loop: str) -> AsyncIterator[Server]:
         line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
         if line.decode().strip() != f"{name} is up":
             raise RuntimeError(f"the echo server on {loop} did not start: it said {line!r}")
-        yield Server(f"gater, {loop}", (Atom("echo"), Atom(name)), process.pid)
+        yield Server(label, (Atom("echo"), Atom(name)), process.pid)
     finally:
         if process.returncode is None:
             process.terminate()
@@ -69,8 +71,11 @@ def echo_cells() -> list[Cell]:
     return cells
 
 
-async def run(seconds: float, rounds: int) -> tuple[list[Table], float]:
-    """The tables, and the round trip of 10 B between BEAM nodes with one caller (p50, ns)."""
+async def run(seconds: float, rounds: int, compiled: Path | None) -> tuple[list[Table], float]:
+    """The tables, and the round trip of 10 B between BEAM nodes with one caller (p50, ns).
+
+    `compiled` is the directory of a gater with its codec compiled, if there is one.
+    """
     loops = [loop for loop in LOOPS if loop == "asyncio" or importlib.util.find_spec(loop) is not None]
     async with contextlib.AsyncExitStack() as stack:
         beams = Beams()
@@ -78,7 +83,9 @@ async def run(seconds: float, rounds: int) -> tuple[list[Table], float]:
         client, server = await start_node(beams), await start_node(beams)
         await server.eval("gater_bench:start_echo()")
         servers = [Server(BEAM, (Atom("echo"), server.atom), server.pid)]
-        servers += [await stack.enter_async_context(python_server(beams, loop)) for loop in loops]
+        servers += [await stack.enter_async_context(python_server(beams, f"gater, {loop}", loop)) for loop in loops]
+        if compiled is not None:
+            servers.append(await stack.enter_async_context(python_server(beams, COMPILED, loops[0], compiled)))
         before = {each: rss_kb(each.pid) for each in servers}
         cells = echo_cells()
         figures = await measure(client, cells, servers, seconds, rounds)
@@ -98,8 +105,9 @@ def _table(
         ("payload, callers", "server", "p50", "p99", "calls/s", "p50 to BEAM's", "server CPU a call", "spread"),
         [
             "The callers are processes of one BEAM node; each calls `gen_server:call({echo, Node}, Payload)` again and "
-            "again. The server is another BEAM node or a Python process with `gater.erl`. *Spread* is by how much the "
-            "calls/s of the rounds differ: fastest over slowest.",
+            "again. The server is another BEAM node or a Python process with `gater.erl`, which looks for input for "
+            "200 µs before it sleeps, as a gateway does; *compiled* is on uvloop and with the codec compiled "
+            "(`make compile`). *Spread* is by how much the calls/s of the rounds differ: fastest over slowest.",
         ],
     )
     for cell in cells:

@@ -16,6 +16,7 @@ from gater.erl.gen_server import Caller, GenServer, start_server
 from gater.erl.memory import keep_freed_memory
 from gater.erl.node import Node, NodeOptions
 from gater.erl.terms import Term
+from gater.settings import DEFAULT_BUSY_WAIT_US
 
 
 class Echo(GenServer):
@@ -37,7 +38,8 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def serve(name: str, cookie: str, epmd_port: int) -> None:
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    async with Node(name, cookie=cookie, options=NodeOptions(epmd_port=epmd_port, builtin_epmd=False)) as node:
+    options = NodeOptions(epmd_port=epmd_port, builtin_epmd=False, busy_wait_s=DEFAULT_BUSY_WAIT_US / 1e6)
+    async with Node(name, cookie=cookie, options=options) as node:
         await start_server(node, Echo(), name="echo")
         print(f"{name} is up", flush=True)
         await ended.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.callers import Cell, Server, measure
-from bench.echo import CALLERS, start_node
+from bench.echo import CALLERS, DEFAULT_SPINNING, start_node
 from bench.report import Table, microseconds
 from erlang_interop_tests.beam import Beams
 from erlang_interop_tests.gater_process import gater_process
@@ -23,6 +23,7 @@ from gater.erl.terms import Atom, Term
 STORE: Final = "reg_gh"
 DIRECT: Final = "store node, direct"
 THROUGH: Final = "through gater"
+THROUGH_COMPILED: Final = "through gater, compiled"
 EMBEDDED: Final = "gater's embedded store"
 API: Final = Atom("Elixir.ExESDBGater.API")
 READ_STREAM: Final = b"bench-read"
@@ -56,13 +57,14 @@ def _page() -> list[Term]:
     return [event.to_term() for event in events]
 
 
-async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
-    """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured."""
+async def run(seconds: float, rounds: int, beam_echo_ns: float | None, compiled: Path | None) -> Table:
+    """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured, `compiled` the
+    directory of a gater with its codec compiled, if there is one."""
     async with contextlib.AsyncExitStack() as stack:
         beams = Beams()
         stack.push_async_callback(beams.close)
         client = await start_node(beams)
-        cluster = await stack.enter_async_context(standin_cluster(beams, 1, stores=[STORE]))
+        cluster = await stack.enter_async_context(standin_cluster(beams, 1, stores=[STORE], arguments=DEFAULT_SPINNING))
         worker = next(iter((await cluster.workers()).values()))
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gater-bench-")))
         shared = {"cookie": beams.cookie, "epmd_port": await beams.epmd_port()}
@@ -73,6 +75,9 @@ async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
             Server(THROUGH, (API, through.atom), through.process.pid),
             Server(EMBEDDED, (API, embedded.atom), embedded.process.pid),
         ]
+        if compiled is not None:
+            quick = await stack.enter_async_context(gater_process(connect=cluster.names, source=compiled, **shared))
+            servers.insert(2, Server(THROUGH_COMPILED, (API, quick.atom), quick.process.pid))
         for server in servers:
             for caller in range(max(CALLERS)):
                 # Streams exist before they are measured, and their versions are those of real streams.
@@ -82,7 +87,7 @@ async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
                     Request=append(server, caller),
                 )
         page = _page()
-        for target in (servers[0].target, servers[2].target):
+        for target in (servers[0].target, servers[-1].target):
             for start in range(0, READ_EVENTS, APPENDED_AT_ONCE):
                 await client.eval(
                     "{ok, _} = gen_server:call(Target, Request, 60000), ok",
@@ -102,8 +107,8 @@ async def run(seconds: float, rounds: int, beam_echo_ns: float | None) -> Table:
         ("request, callers", "to", "p50", "p99", "calls/s", "server CPU a call", "spread"),
         [
             "The caller is a BEAM node. *Store node* is the stand-in of the tests, not ExESDB itself, called directly "
-            "or through a gater in between (*server CPU* is then gater's own). The embedded store writes to the disk "
-            "of this machine before it answers an append.",
+            "or through a gater in between (*server CPU* is then gater's own); *compiled* is one after `make compile`. "
+            "The embedded store writes to the disk of this machine before it answers an append.",
         ],
     )
     for cell in cells:

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from gater.erl.etf import COMPILED
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = "not installed"
 
@@ -66,6 +68,7 @@ def description(otp: str) -> list[tuple[str, str]]:
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("gater", _commit()),
         ("Python", f"{platform.python_implementation()} {platform.python_version()}"),
+        ("codec", "compiled" if COMPILED else "from source, unless it says *compiled*"),
         ("uvloop", version_of("uvloop")),
         ("Erlang/OTP", otp),
         ("erlang_py", version_of("erlang_py")),

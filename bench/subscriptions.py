@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.callers import load_bench_module
-from bench.echo import start_node
+from bench.echo import DEFAULT_SPINNING, start_node
 from bench.machine import cpu_s
 from bench.report import Table, microseconds
 from erlang_interop_tests.beam import BeamNode, Beams, wait_until
@@ -183,9 +183,15 @@ def _say(text: str) -> None:
 
 
 async def run(
-    seconds: float, beam_echo_ns: float | None, *, streams: int = MANY_STREAMS, subscribers: int = MANY_SUBSCRIBERS
+    seconds: float,
+    beam_echo_ns: float | None,
+    compiled: Path | None,
+    *,
+    streams: int = MANY_STREAMS,
+    subscribers: int = MANY_SUBSCRIBERS,
 ) -> Table:
-    """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured."""
+    """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured, `compiled` the
+    directory of a gater with its codec compiled, if there is one."""
     table = Table(
         "Subscriptions",
         ("what", "to", "p50", "p99", "most", "events/s", "gater CPU an event"),
@@ -200,20 +206,31 @@ async def run(
         stack.push_async_callback(beams.close)
         client = await start_node(beams)
         await load_bench_module(client, name="gater_bench_subscribers")
-        cluster = await stack.enter_async_context(standin_cluster(beams, 1, stores=[STORE.name]))
+        cluster = await stack.enter_async_context(
+            standin_cluster(beams, 1, stores=[STORE.name], arguments=DEFAULT_SPINNING)
+        )
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gater-bench-")))
         shared: dict[str, Any] = {"cookie": beams.cookie, "epmd_port": await beams.epmd_port()}
         through = await stack.enter_async_context(gater_process(connect=cluster.names, **shared))
         bench = Bench("store node", client, through)
         await _known(client, through)
         await _latencies(bench, table, seconds, beam_echo_ns)
-        await _rates(bench, table, seconds, subscribers)
+        await _one_subscriber(bench, table, seconds)
+        await _many_subscribers(bench, table, seconds, subscribers)
         await _direct(bench, client, cluster, table, streams)
         await through.stop()
+        if compiled is not None:
+            quick = await stack.enter_async_context(gater_process(connect=cluster.names, source=compiled, **shared))
+            await _known(client, quick)
+            bench = Bench("store node, gater compiled", client, quick)
+            await _latencies(bench, table, seconds, beam_echo_ns)
+            await _one_subscriber(bench, table, seconds)
+            await quick.stop()
         embedded = await stack.enter_async_context(gater_process(embedded=data, stores=[STORE.name], **shared))
         own = Bench("embedded store", client, embedded)
         await _latencies(own, table, seconds, beam_echo_ns)
-        await _rates(own, table, seconds, subscribers)
+        await _one_subscriber(own, table, seconds)
+        await _many_subscribers(own, table, seconds, subscribers)
     return table
 
 
@@ -273,7 +290,8 @@ async def _latencies(bench: Bench, table: Table, seconds: float, beam_echo_ns: f
     await bench.remove(pids)
 
 
-async def _rates(bench: Bench, table: Table, seconds: float, subscribers: int) -> None:
+async def _one_subscriber(bench: Bench, table: Table, seconds: float) -> None:
+    """Many events to one subscriber."""
     for acks in (True, False):
         pids = await bench.subscribe(acks=acks)
         _say(f"{bench.label}: many events to one subscriber, acks {acks}")
@@ -297,6 +315,10 @@ async def _rates(bench: Bench, table: Table, seconds: float, subscribers: int) -
             microseconds((bench.cpu_s() - before) / len(seen.latencies_ns) * 1e9),
         )
         await bench.remove(pids)
+
+
+async def _many_subscribers(bench: Bench, table: Table, seconds: float, subscribers: int) -> None:
+    """Few events, each to many subscribers."""
     for acks, kept in ((True, False), (False, False), (True, True)):
         kind = "persistent" if kept else "transient"
         _say(f"{bench.label}: {subscribers} {kind} subscribers of all, acks {acks}")

@@ -21,7 +21,10 @@ STOP_TIMEOUT_S: Final = 40.0
 
 
 class GaterProcess:
-    """`gater start` with name, cookie, EPMD port and home directory of its own; no gossip unless `arguments` say so."""
+    """`gater start` with name, cookie, EPMD port and home directory of its own; no gossip unless `arguments` say so.
+
+    `source` is a directory with another gater in it than the one that is installed.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class GaterProcess:
         connect: Sequence[str] = (),
         arguments: Sequence[str] = ("--no-gossip",),
         env: Mapping[str, str] | None = None,
+        source: Path | None = None,
     ) -> None:
         self.name = name or unique_name("gater")
         self.cookie = cookie or secrets.token_hex(12)
@@ -47,6 +51,7 @@ class GaterProcess:
             self._arguments += ["--connect", peer]
         self._arguments += arguments
         self._env = dict(env or {})
+        self._source = source
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
 
@@ -74,6 +79,7 @@ class GaterProcess:
                 *self._arguments,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
+                cwd=self._source,
                 env={"PATH": os.environ["PATH"], "HOME": self._home.name, **self._env},
             )
         stdout = self._process.stdout

@@ -31,6 +31,12 @@ def test_a_quick_bench_prints_and_writes_every_row(tmp_path):
         ("on the store node, 100 streams", "store node"),
         *itertools.product(requests, ("store node, direct", "through gater", "gater's embedded store")),
     }
+    if "not compiled" not in done.stderr:
+        assert rows >= {
+            *itertools.product(sizes, ("gater, compiled",)),
+            *itertools.product(requests, ("through gater, compiled",)),
+            *itertools.product(("1 event, idle", "1 subscriber, replay"), ("store node, gater compiled",)),
+        }
     first_cells = {first for first, _ in rows}
     codecs = {"BEAM", "gater", "erlang_py", "erlpack (C)", "marshal (C, not a term format)"}
     assert first_cells >= codecs | {"10", "1,000", "load averages before the run", "Erlang/OTP", "gater, uvloop"}
