@@ -42,13 +42,16 @@ end
 """
 
 
-async def first_attempt(node: BeamNode, first: int, *events: Term) -> Any:
+async def first_attempt(node: BeamNode, first: int, *events: Term, wanted: bool = True) -> Any:
     """What the expression of a first attempt throws, with its records decoded."""
     forms = guarded.Forms(*(EncodedTerm(encode_term(None)) for _ in guarded.Forms._fields))
-    _, _, (_, bindings) = guarded.first_call(forms, STORE, STREAM, list(events), first, len(events), timeout_ms=1_000)
-    source = guarded.QUICK if len(events) == 1 else guarded.BATCH
+    encoded = EncodedTerm(encode_term(list(events)))
+    _, _, (form, bindings) = guarded.first_call(
+        forms, STORE, STREAM, encoded, first, len(events), wanted=wanted, timeout_ms=1_000
+    )
+    source = guarded.QUICK if form is forms.quick else guarded.BATCH
     outcome, number, records = await node.eval(_EVALUATE_FIRST, source=source.encode(), bindings=bindings)
-    return outcome, number, [decode(record) for record in records]
+    return outcome, number, [record and decode(record) for record in records]
 
 
 async def write(node: BeamNode, first: int, *events: Term, again: bool = False, mine: Sequence[Term] = ()) -> Any:
@@ -92,6 +95,17 @@ async def test_a_first_attempt_answers_what_it_has_stored(standin: StandInCluste
     assert await ids(standin) == [b"a", b"b", b"c", b"d", b"e"]
     written = await first_attempt(node, 5, *(event(f"{number}") for number in range(300)))
     assert written == (OK, 304, (await stored(standin))[5:])
+
+
+async def test_records_that_nobody_wants_are_not_sent_unless_they_are_small(standin: StandInCluster) -> None:
+    node = standin.members[0]
+    assert await first_attempt(node, 0, event("a"), wanted=False) == (OK, 0, await stored(standin))
+    large = event("b", b"x" * guarded.SMALL_BYTES)
+    assert await first_attempt(node, 1, large, wanted=False) == (OK, 1, [b""])
+    assert await first_attempt(node, 2, event("c"), event("d"), wanted=False) == (OK, 3, [b"", b""])
+    problem, number, [mine] = await first_attempt(node, 1, large, wanted=False)
+    assert (guarded.is_refusal(problem), number, mine[Atom("event_id")]) == (True, 1, b"b")
+    assert await ids(standin) == [b"a", b"b", b"c", b"d"]
 
 
 async def test_a_first_attempt_stops_where_somebody_elses_event_is(standin: StandInCluster) -> None:

@@ -213,7 +213,7 @@ class _AppendCall:
         self._first = 0
         """The number of the first event in the write under way."""
         self._records: list[bytes] = []
-        """What has been stored, if that is known: one record for each event."""
+        """What has been stored, one record for each event, empty if nobody wanted to know."""
         self._pending: PendingRpc | PendingCall | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -347,6 +347,7 @@ class _AppendCall:
                 self._events,
                 step.first,
                 len(self._request.term[-1]),
+                wanted=self._service.follows(self._store),
                 timeout_ms=timeout_ms,
             )
         self._evaluate(mfa, attempt_s)
@@ -641,10 +642,10 @@ class _AppendCall:
             self._appends.finished(self)
 
     def _tell(self, version: Term) -> None:
+        events, records = self._request.term[-1], self._records
         stored: Sequence[tuple[Term, bytes]] = ()
-        if self._records and self._service.follows(self._store):
-            types = (event[schema.EVENT_TYPE] for event in self._request.term[-1])
-            stored = list(zip(types, self._records, strict=True))
+        if self._service.follows(self._store) and len(records) == len(events) and all(records):
+            stored = [(event[schema.EVENT_TYPE], record) for event, record in zip(events, records, strict=True)]
         self._service.appended(self._store, self._stream, version, self._node, stored)
 
 

@@ -26,7 +26,7 @@ from gater.erl.errors import CallError
 from gater.erl.etf import encode_term
 from gater.erl.node import Node
 from gater.erl.rpc import erpc_call
-from gater.erl.terms import Atom, EncodedTerm, ImproperList, Term, TermMap
+from gater.erl.terms import Atom, EncodedTerm, ImproperList, Term, TermMap, atom_bytes
 
 SOURCE: Final = """
 Name = fun(Number) -> iolist_to_binary(string:pad(integer_to_list(Number), 6, leading, $0)) end,
@@ -115,7 +115,8 @@ Records = [
         Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
         Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
         case khepri:put(Store, Path, Record, Options) of
-            ok -> term_to_binary(Record);
+            ok when Wanted -> term_to_binary(Record);
+            ok -> <<>>;
             Problem -> throw({Problem, Number, [term_to_binary(Record)]})
         end
     end
@@ -125,13 +126,17 @@ throw({ok, Last, Records}).
 """
 """Both end by throwing one of
 
-    {ok, Last, Records}           every event is stored, the last one as this number; as what
+    {ok, Last, Records}           every event is stored, the last one as this number; as what, unless that is not
+                                  `Wanted`: then empty binaries
     {Problem, Number, [Record]}   the put of this number was refused or has failed, nothing was written after it; what
                                   was to be stored
 
 Records are binaries of `term_to_binary`: whoever passes them on need not decode them. `is_refusal` tells a refusal, of
 which `SOURCE` has to say why, from a failure, of which nobody knows whether it has been written.
 """
+
+SMALL_BYTES: Final = 4096
+"""The record of an event up to this size is answered even if nobody wants it: not to do so takes longer."""
 
 STREAMS: Final = Atom("streams")
 CHILD_LIST_LENGTH: Final = Atom("child_list_length")
@@ -156,8 +161,8 @@ _KHEPRI: Final = Atom("khepri")
 _EVENTS: Final = Atom("Events")
 _pack_count: Final = struct.Struct(">I").pack
 _LIST_OF_THREE: Final = b"l\0\0\0\3"
-_NUMBER, _LAST, _OPTIONS, _PATH, _PLACES, _STORE, _STREAM = (
-    b"h\2" + Atom(name).etf for name in ("Number", "Last", "Options", "Path", "Places", "Store", "Stream")
+_NUMBER, _LAST, _OPTIONS, _PATH, _PLACES, _STORE, _STREAM, _WANTED = (
+    b"h\2" + Atom(name).etf for name in ("Number", "Last", "Options", "Path", "Places", "Store", "Stream", "Wanted")
 )
 _PATH_START: Final = _LIST_OF_THREE + STREAMS.etf
 _IF_ALL_OF_TWO: Final = b"h\2" + Atom("if_all").etf + b"l\0\0\0\2"
@@ -225,24 +230,30 @@ def is_refusal(problem: Term) -> bool:
 
 
 def first_call(
-    forms: Forms, store: Atom, stream: bytes, events: Term, first: int, count: int, *, timeout_ms: int
+    forms: Forms, store: Atom, stream: bytes, events: Term, first: int, count: int, *, wanted: bool, timeout_ms: int
 ) -> tuple[Atom, Atom, list[Term]]:
-    """The module, function and arguments of a first attempt. `events` is the list of `count` NewEvents, encoded or not.
+    """The module, function and arguments of a first attempt. `events` is the list of `count` NewEvents, encoded or not;
+    `wanted` says whether their records are to be answered.
 
     The bindings behind the events are the same few terms around two names and a number for each append: they are put
     together as bytes. To Erlang a list whose tail is a list is one list.
     """
     stream_term = encode_term(stream)
-    if count == 1:
-        form, number, name, places = forms.quick, _NUMBER + _integer(first), _PATH, _path(stream_term, first)
-    else:
-        form, number, name = forms.batch, _LAST + _integer(first + count - 1), _PLACES
-        paths = ((each, _path(stream_term, each)) for each in range(first, first + count))
-        places = b"l%bj" % (_pack_count(count) + b"".join(b"h\2%b%b" % (_integer(each), path) for each, path in paths))
     options = _TIMEOUT_OF + _integer(timeout_ms)
-    behind = (number, _OPTIONS, options, name, places, _STORE, store.etf, _STREAM, stream_term, b"j")
-    rest = EncodedTerm(b"l\0\0\0\5" + b"".join(behind))
-    return (ERL_EVAL, EXPRS, [form, ImproperList([(_EVENTS, events)], rest)])
+    names: tuple[bytes, ...]
+    around = (_STORE, store.etf, _STREAM, stream_term)
+    if count == 1 and (wanted or (type(events) is EncodedTerm and len(events.data) <= SMALL_BYTES)):
+        form = forms.quick
+        names = (_NUMBER, _integer(first), _OPTIONS, options, _PATH, _path(stream_term, first), *around, b"j")
+        rest = b"l\0\0\0\5" + b"".join(names)
+    else:
+        form = forms.batch
+        places = [b"h\2%b%b" % (_integer(each), _path(stream_term, each)) for each in range(first, first + count)]
+        listed = b"l%b%bj" % (_pack_count(count), b"".join(places))
+        wanted_term = atom_bytes(wanted)
+        names = (_LAST, _integer(first + count - 1), _OPTIONS, options, _PLACES, listed, *around, _WANTED, wanted_term)
+        rest = b"l\0\0\0\6%bj" % b"".join(names)
+    return (ERL_EVAL, EXPRS, [form, ImproperList([(_EVENTS, events)], EncodedTerm(rest))])
 
 
 def _path(stream: bytes, number: int) -> bytes:
