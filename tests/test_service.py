@@ -39,7 +39,7 @@ from gateway_kit import (
 )
 from node_kit import wait_until
 
-from gater.api import discovery, schema, service
+from gater.api import discovery, schema, worker_calls
 from gater.api.server import API_MODULE
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangThrow
@@ -229,8 +229,8 @@ async def test_a_read_that_nobody_answers_times_out(tmp_path: Path) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another node is asked as well after a tenth of a second."""
-    monkeypatch.setattr(service, "ATTEMPT_SHARE", 0.0)
-    monkeypatch.setattr(service, "MIN_ATTEMPT_S", 0.1)
+    monkeypatch.setattr(worker_calls, "ATTEMPT_SHARE", 0.0)
+    monkeypatch.setattr(worker_calls, "MIN_ATTEMPT_S", 0.1)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -412,72 +412,6 @@ async def test_appends_go_on_when_the_owner_of_a_stream_is_lost(tmp_path: Path) 
         assert await house.append(stream, 1) == (OK, 1)
         assert house.cluster.guarded[-1] is not owner
         assert await house.stored(stream) == [0, 1]
-
-
-# Own writes are read
-
-
-async def test_a_node_of_which_nothing_is_known_yet_catches_up_before_it_is_read_from(tmp_path: Path) -> None:
-    async with open_house(tmp_path, nodes=2, khepri=True) as house:
-        service, fenced = house.system.service, house.cluster.fenced
-        # It was away, and has not said yet how it appends.
-        owner = service.router.owners(STORE, b"s")[0]
-        service.may_lag(owner)
-        del service.guarded_forms[owner]
-        assert await house.version(b"s") == (OK, -1)
-        assert fenced == [owner]
-        assert await house.version(b"s") == (OK, -1)
-        assert fenced == [owner]
-
-
-async def test_a_node_without_fences_is_read_from_once_that_is_known(house: House) -> None:
-    assert await house.append(b"s", 0) == (OK, 0)
-    for _ in range(2):
-        assert await house.version(b"s") == (OK, 0)
-    owner = house.system.service.router.owners(STORE, b"s")[0]
-    assert not house.system.service.lags(STORE, b"s", owner)
-    assert not house.system.service.can_catch_up(STORE, owner)
-
-
-@pytest.mark.parametrize("problem", ["nobody catches up", "no quorum"])
-async def test_where_nobody_can_catch_up_the_node_that_wrote_last_is_read_from(tmp_path: Path, problem: str) -> None:
-    async with open_house(tmp_path, nodes=3, khepri=True) as house:
-        service, fenced = house.system.service, house.cluster.fenced
-        first, second, third = service.router.owners(STORE, b"s")
-        service.appended_elsewhere(STORE, b"s", 3, second)
-        for node in (first, second, third):
-            service.may_lag(node)
-        if problem == "no quorum":
-            service.quorum = lambda store: {}
-        house.cluster.fence_answer = (ERROR, Atom("timeout"))
-        assert await house.version(b"s") == (OK, -1)
-        assert fenced == ([first, second, third] if problem == "nobody catches up" else [])
-        assert [worker.home.node.name for worker in house.cluster.asked("get_version")] == [second]
-
-
-async def test_what_was_appended_through_another_gateway_on_another_node_is_read(tmp_path: Path) -> None:
-    async with open_house(tmp_path, nodes=2, khepri=True) as house, gateway(house.cluster) as other:
-        await connected(other, house.cluster)
-        await other.node.connect(house.system.node.name)
-        service = house.system.service
-        owner = service.router.owners(STORE, b"s")[0]
-        assert await house.version(b"s") == (OK, -1)
-        fenced = house.cluster.fenced
-        fenced.clear()
-        ask = server_door(house.caller, other)
-
-        async def heard() -> bool:
-            await ask("append_events", STORE, b"s", [event(0).to_term()])
-            return service.lags(STORE, b"s", owner)
-
-        # The other gateway appends where the owner is left out.
-        other.service.router.suspect(owner, True)
-        await wait_until(heard, "what was appended elsewhere")
-        ok, version = await house.version(b"s")
-        assert (ok, fenced) == (OK, [owner])
-        assert version >= 0
-        assert await house.version(b"s") == (OK, version)
-        assert fenced == [owner]
 
 
 # Nobody there

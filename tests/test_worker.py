@@ -12,8 +12,8 @@ from gateway_kit import STORE, gateway
 from node_kit import COOKIE, unique_name, wait_until
 
 from gater.api import schema
+from gater.api.decoding import decoded
 from gater.api.server import API_MODULE
-from gater.api.service import decoded
 from gater.erl import Node, NodeOptions, make_node
 from gater.erl.gen_server import Caller, GenServer, call, start_server
 from gater.erl.terms import Atom, Pid, Term

@@ -150,7 +150,7 @@ class Discovery:
         self._told.pop(peer, None)
         self._asked_at.pop(peer, None)
         self._service.guarded_forms.pop(peer, None)
-        self._service.may_lag(peer)
+        self._service.fences.may_lag(peer)
         asking = self._asking.get(peer)
         if asking is not None:
             asking.cancel()

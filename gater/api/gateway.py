@@ -19,6 +19,7 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 from gater.api import schema
+from gater.api.decoding import decoded
 from gater.api.discovery import Discovery
 from gater.api.schema import (
     Expected,
@@ -29,7 +30,7 @@ from gater.api.schema import (
     StoreInfo,
     Subscription,
 )
-from gater.api.service import Service, decoded
+from gater.api.service import Service
 from gater.api.subscriptions.client import EventSubscription, gateway_call, gateway_tell
 from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected

@@ -13,8 +13,9 @@ from typing import Final, TypeAlias
 import structlog
 
 from gater.api import schema
+from gater.api.decoding import Decoder
 from gater.api.schema import Rejected
-from gater.api.service import Decoder, Service
+from gater.api.service import Service
 from gater.erl.exports import Done, Exports
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer
 from gater.erl.terms import Atom, Term

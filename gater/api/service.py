@@ -4,7 +4,8 @@ All three doors (`server.py`: rpc functions and the API GenServer; `gateway.py`:
 `Service.call(request, on_reply)` takes a gateway worker request as a term and calls back exactly once with
 `{:ok, result}` or `{:error, reason}`, at the latest when the request's time is up.
 
-What happens to a call:
+It checks a request and decides who carries it out: workers (`worker_calls.py`), the appends of a cluster's store
+(`appends.py`), an embedded store or the subscriptions. What happens to a call:
 
     checked -> refused: {:error, reason}
             -> no worker known -> registries asked again -> still none: {:error, {:store_not_found |
@@ -30,14 +31,14 @@ import structlog
 
 from gater.api import guarded, schema
 from gater.api.appends import Appends, events_to_send
+from gater.api.decoding import decoded
+from gater.api.fences import Fences
 from gater.api.router import Router, Worker
 from gater.api.schema import Rejected, Request, check_request
-from gater.erl import etf
-from gater.erl.errors import CallError, EncodeError, ErlangError, ErlangException, NoProcess
-from gater.erl.gen_server import PendingCall, cast, down_error
+from gater.api.worker_calls import WorkerCall
+from gater.erl.gen_server import cast, down_error
 from gater.erl.node import Monitor, Node
-from gater.erl.rpc import PendingRpc
-from gater.erl.terms import Atom, EncodedTerm, Term
+from gater.erl.terms import Atom, Term
 
 OnReply: TypeAlias = Callable[[Term], None]
 OnTaken: TypeAlias = Callable[[Rejected | None], None]
@@ -48,27 +49,7 @@ MAX_REQUESTS: Final = 10_000
 CALL_TIMEOUT_S: Final = 4.5
 """How long a request may take if its caller does not say. Elixir callers give up after 5 s: the answer comes before."""
 
-MAX_ATTEMPTS: Final = 5
-"""Workers asked for one request before the caller is told."""
-
-ATTEMPT_SHARE: Final = 0.4
-"""Of the time left, how much the first worker may take before another node is asked as well: a frozen node answers
-never, and a large read answers late; two more can be asked before time is up."""
-
-MIN_ATTEMPT_S: Final = 0.5
-"""But never less than this."""
-
-FENCE_S: Final = 1.0
-"""How long a node may take to catch up with its store before a read goes elsewhere."""
-
 AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
-
-MAX_ATOMS_KEPT: Final = 10_000
-"""Atoms, pids and references that a `Decoder` remembers: what callers call their things, not what they count with."""
-
-_REPLY_LEVELS: Final = 1
-
-_FENCE: Final = (Atom("khepri"), Atom("fence"))
 
 _ABOUT_SUBSCRIPTIONS: Final = frozenset({"save_subscription", "remove_subscription", "ack_event", "nack_event"})
 
@@ -136,19 +117,16 @@ class Service:
         self.doubt: Callable[[Atom], None] = lambda node: None
         """Told which node has not answered in time."""
         self._appends = Appends(self)
+        self.fences = Fences(
+            node, self.router, latest=self._appends.latest, has_quorum=lambda store: self.quorum(store) is None
+        )
         self.timeout_s = timeout_s
         self.max_requests = max_requests
-        self._calls: dict[Worker, set[_Call]] = {}
+        self._calls: dict[Worker, set[WorkerCall]] = {}
         self._monitors: dict[Worker, Monitor] = {}
         self._under_way = 0
         self._draining = False
         self._idle: list[asyncio.Future[None]] = []
-        self._caught_up: dict[tuple[Atom, Atom], float] = {}
-        """When a node (of a store) was last known to have everything; it follows from then on, a little behind."""
-        self._fenceless: set[Atom] = set()
-        """Nodes that do not offer `khepri:fence/2`."""
-        self._fences: dict[tuple[Atom, Atom], list[Callable[[bool], None]]] = {}
-        """The fences under way, and who came too late for them: those wait for the next."""
 
     @property
     def under_way(self) -> int:
@@ -194,7 +172,7 @@ class Service:
         else:
             if checked.op == "append_events":
                 on_reply = self._telling(checked, on_reply)
-            _Call(self, checked, to_send, on_reply, allowed_s).begin()
+            WorkerCall(self, checked, to_send, on_reply, allowed_s).begin()
 
     def _append(
         self, request: Request, term: Term, on_reply: OnReply, deadline: float, *, refreshed: bool = False
@@ -204,7 +182,7 @@ class Service:
         if request.store in self.router.stores or (refreshed and not self.router.serves_all):
             self._appends.submit(request, events_to_send(request.term, term), on_reply, left_s)
         elif self.router.serves_all:
-            _Call(self, request, term, self._telling(request, on_reply), left_s).begin()
+            WorkerCall(self, request, term, self._telling(request, on_reply), left_s).begin()
         else:
             self._append_refreshed(request, term, on_reply, deadline, left_s)
 
@@ -357,7 +335,7 @@ class Service:
         """A node does not answer at all, or does again."""
         self.router.suspect(node, is_suspect)
         if is_suspect:
-            self.may_lag(node)
+            self.fences.may_lag(node)
             self._appends.left_out(node)
 
     def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
@@ -365,67 +343,6 @@ class Service:
         self.router.outsiders(store, nodes)
         for node in nodes:
             self._appends.left_out(node)
-
-    # Own writes are read
-
-    def may_lag(self, node: Atom) -> None:
-        """A node was out of reach: it may have missed something."""
-        for key in [key for key in self._caught_up if key[1] is node]:
-            del self._caught_up[key]
-        # It may be another version when it comes back.
-        self._fenceless.discard(node)
-
-    def lags(self, store: Atom, stream: bytes, node: Atom) -> bool:
-        """Whether a read of this stream on `node` might miss what was appended before: the node was out of reach, or
-        the last append went to another one."""
-        last = self._appends.latest((store, stream))
-        wrote_elsewhere = last is not None and last.owner is not node
-        if node in self._fenceless:
-            return wrote_elsewhere
-        caught_up = self._caught_up.get((store, node))
-        return caught_up is None or (last is not None and wrote_elsewhere and last.at > caught_up)
-
-    def can_catch_up(self, store: Atom, node: Atom) -> bool:
-        """Whether it makes sense to wait for `catch_up`: not without a fence, and not without a majority."""
-        return node not in self._fenceless and self.quorum(store) is None
-
-    def last_writer(self, store: Atom, stream: bytes) -> Worker | None:
-        """A worker on the node that carried out the last append of this stream, if requests are sent there."""
-        last = self._appends.latest((store, stream))
-        if last is None or not self.router.allows(last.owner, asyncio.get_running_loop().time()):
-            return None
-        return self.router.worker_on(store, last.owner)
-
-    def catch_up(self, store: Atom, node: Atom, on_done: Callable[[bool], None]) -> None:
-        """Wait until `node` has everything that is committed now (`khepri:fence/2`); `on_done(whether it has)`. Where
-        there is no such function nobody can wait: then it counts as caught up."""
-        waiting = self._fences.get((store, node))
-        if waiting is None:
-            self._fences[store, node] = []
-            self._fence(store, node, [on_done])
-        else:
-            waiting.append(on_done)
-
-    def _fence(self, store: Atom, node: Atom, callers: list[Callable[[bool], None]]) -> None:
-        began = asyncio.get_running_loop().time()
-
-        def done(result: Term, error: ErlangException | None) -> None:
-            has_all = error is None and result is schema.OK
-            if has_all:
-                self._caught_up[store, node] = began
-            elif isinstance(error, ErlangError) and _is_undefined(error.reason):
-                self._fenceless.add(node)
-                has_all = True
-            late, self._fences[store, node] = self._fences[store, node], []
-            if late:
-                self._fence(store, node, late)
-            else:
-                del self._fences[store, node]
-            for on_done in callers:
-                on_done(has_all)
-
-        mfa: tuple[Atom, Atom, list[Term]] = (*_FENCE, [store, round(FENCE_S * 1000)])
-        PendingRpc(self.node, node, mfa, done, FENCE_S)
 
     # Workers
 
@@ -454,269 +371,14 @@ class Service:
         for call in list(self._calls.pop(worker, ())):
             call.worker_down(worker, down_error(worker.address, reason))
 
-    def attach(self, call: _Call, worker: Worker) -> None:
+    def attach(self, call: WorkerCall, worker: Worker) -> None:
         """`call` waits for `worker`."""
         worker.load += 1
         self._calls.setdefault(worker, set()).add(call)
 
-    def detach(self, call: _Call, worker: Worker) -> None:
+    def detach(self, call: WorkerCall, worker: Worker) -> None:
         """`call` does not wait for `worker` any more."""
         worker.load -= 1
         calls = self._calls.get(worker)
         if calls is not None:
             calls.discard(call)
-
-
-class _Call:
-    """One request under way: one worker, and for what may be done twice one more on another node each time the latest
-    takes too long; the first reply counts. Exactly one reply."""
-
-    __slots__ = (
-        "_asked",
-        "_attempts",
-        "_deadline",
-        "_loop",
-        "_on_reply",
-        "_request",
-        "_service",
-        "_slow",
-        "_term",
-        "_timer",
-        "_tried",
-    )
-
-    def __init__(self, service: Service, request: Request, term: Term, on_reply: OnReply, timeout_s: float) -> None:
-        self._service = service
-        self._request = request
-        self._term = term
-        self._on_reply: OnReply | None = on_reply
-        self._attempts = 0
-        self._tried: set[Atom] = set()
-        self._asked: dict[Worker, PendingCall] = {}
-        self._slow: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout_s
-        self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
-
-    def begin(self) -> None:
-        """Send the request to whoever can answer it."""
-        service, request = self._service, self._request
-        if service.is_embedded(request.store):
-            assert service.embedded is not None
-            service.embedded.submit(request, self._answer)
-            return
-        if request.store is None and service.embedded is not None:
-            service.embedded.submit(request, self._merge_stores)
-            return
-        self._send()
-
-    def _send(self, *, refreshed: bool = False) -> None:
-        service, request = self._service, self._request
-        now = self._loop.time()
-        worker = service.router.choose(request.store, request.stream, now, self._tried)
-        if worker is None and self._asked:
-            # Every node has been asked, and some have not answered yet.
-            return
-        if worker is None and self._tried:
-            self._tried.clear()
-            worker = service.router.choose(request.store, request.stream, now)
-        if worker is None and request.op == "get_version" and not service.router.is_known(request.store):
-            # As the original: whoever is asked answers, for a store it does not know too.
-            if service.embedded is not None:
-                service.embedded.submit(request, self._answer)
-                return
-            worker = service.router.choose(None, None, now, self._tried)
-        if worker is None:
-            if refreshed:
-                self._answer(schema.error(service.missing(request.store)))
-            else:
-                service.refresh(self._refreshed)
-            return
-        if (
-            worker.store is None
-            or request.stream is None
-            or not request.idempotent
-            or not service.lags(worker.store, request.stream, worker.node)
-        ):
-            self._ask(worker, now)
-        elif service.can_catch_up(worker.store, worker.node):
-            service.catch_up(worker.store, worker.node, lambda has_all: self._caught_up(worker, has_all))
-        else:
-            self._ask(self._last_writer(self._tried) or worker, now)
-
-    def _last_writer(self, avoid: Collection[Atom] = ()) -> Worker | None:
-        """Who has at least what was appended last through this gateway, if it has not been asked yet."""
-        store, stream = self._request.store, self._request.stream
-        writer = None if store is None or stream is None else self._service.last_writer(store, stream)
-        if writer is None or writer.node in avoid or any(asked.node is writer.node for asked in self._asked):
-            return None
-        return writer
-
-    def _caught_up(self, worker: Worker, has_all: bool) -> None:
-        """Ask `worker`, whose node has caught up; if it has not, another one. If none can, reads go on all the same."""
-        if self._on_reply is None:
-            return
-        service, request = self._service, self._request
-        now = self._loop.time()
-        if not has_all:
-            self._failed(worker)
-            if service.router.choose(request.store, request.stream, now, self._tried) is not None:
-                self._send()
-                return
-            worker = self._last_writer() or worker
-        if service.router.has(worker):
-            self._ask(worker, now)
-        else:
-            self._send()
-
-    def _ask(self, worker: Worker, now: float) -> None:
-        service, request = self._service, self._request
-        service.attach(self, worker)
-        service.router.breaker(worker.node).probing(now)
-        try:
-            self._asked[worker] = PendingCall(
-                service.node,
-                worker.address,
-                self._term,
-                lambda reply, error: self._replied(worker, reply, error),
-                timeout_s=None,
-                spine_levels=_REPLY_LEVELS,
-                watched=False,
-            )
-        except EncodeError as error:
-            service.detach(self, worker)
-            self._answer(schema.error(schema.invalid_request(f"{request.op}: {error}")))
-            return
-        if request.idempotent and request.store is not None and len(service.router.nodes(request.store)) > 1:
-            wait_s = max((self._deadline - now) * ATTEMPT_SHARE, MIN_ATTEMPT_S)
-            if self._slow is not None:
-                self._slow.cancel()
-            self._slow = self._loop.call_later(wait_s, self._too_slow, worker)
-
-    def _refreshed(self) -> None:
-        if self._on_reply is not None:
-            self._send(refreshed=True)
-
-    def _too_slow(self, worker: Worker) -> None:
-        """Ask another node as well. What this one has begun goes on: a large read takes as long anywhere."""
-        if worker in self._asked:
-            self._failed(worker)
-            self._attempts += 1
-            if self._attempts < MAX_ATTEMPTS:
-                self._send()
-
-    def _failed(self, worker: Worker) -> None:
-        if worker.node in self._tried:
-            return
-        if self._service.router.breaker(worker.node).failed(self._loop.time()):
-            log.warning("node_left_out", store=str(worker.store), peer=str(worker.node))
-        self._service.doubt(worker.node)
-        self._tried.add(worker.node)
-
-    def _replied(self, worker: Worker, reply: Term, error: CallError | None) -> None:
-        if self._on_reply is None:
-            return
-        if error is not None:
-            self.worker_down(worker, error)
-            return
-        self._service.router.breaker(worker.node).succeeded()
-        self._answer(reply)
-
-    def worker_down(self, worker: Worker, error: CallError) -> None:
-        """The worker is gone, or was not there at all: try another one, or say so."""
-        pending = self._asked.pop(worker, None)
-        if self._on_reply is None or pending is None:
-            return
-        pending.cancel()
-        self._service.detach(self, worker)
-        self._attempts += 1
-        never_begun = isinstance(error, NoProcess)
-        if never_begun:
-            self._service.router.remove(worker)
-        else:
-            self._failed(worker)
-        if self._attempts < MAX_ATTEMPTS and (never_begun or self._request.idempotent):
-            self._send()
-        elif self._asked:
-            return
-        elif self._request.is_write and not never_begun:
-            self._answer(schema.error(schema.unknown_outcome(f"{error}; read the stream and look for the event ids")))
-        else:
-            self._answer(schema.error(schema.worker_died(error.reason)))
-
-    def _timed_out(self, timeout_s: float) -> None:
-        if self._request.is_write and self._asked:
-            reason = schema.unknown_outcome(
-                f"no answer within {timeout_s:g} s; read the stream and look for the event ids"
-            )
-        else:
-            reason = schema.call_timeout(round(timeout_s * 1000))
-        self._answer(schema.error(reason))
-
-    def _merge_stores(self, own: Term) -> None:
-        """`list_stores` of a node with an embedded store: its own and those of the cluster."""
-        service = self._service
-        if len(service.router) == 0:
-            self._answer(own)
-            return
-        finish = self._on_reply
-        if finish is None:
-            return
-
-        def merged(reply: Term) -> None:
-            match own, decoded(reply):
-                case (schema.OK, list(mine)), (schema.OK, list(theirs)):
-                    finish((schema.OK, mine + theirs))
-                case _:
-                    finish(own)
-
-        self._on_reply = merged
-        self._send()
-
-    def _let_go(self) -> None:
-        for worker, pending in self._asked.items():
-            pending.cancel()
-            self._service.detach(self, worker)
-        self._asked.clear()
-        if self._slow is not None:
-            self._slow.cancel()
-
-    def _answer(self, reply: Term) -> None:
-        on_reply, self._on_reply = self._on_reply, None
-        if on_reply is None:
-            return
-        self._let_go()
-        self._timer.cancel()
-        self._service.done()
-        on_reply(reply)
-
-
-def _is_undefined(reason: Term) -> bool:
-    """Whether a call of `khepri:fence/2` failed because there is no such function."""
-    match reason:
-        case (_, Atom(name="undef"), [(module, function, *_), *_]):
-            return (module, function) == _FENCE
-    return False
-
-
-def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:
-    """A term that `etf.decode_spine` gave, with its last element decoded too."""
-    if type(term) is EncodedTerm:
-        return etf.decode_encoded(term, atoms)
-    if type(term) is tuple and term and type(term[-1]) is EncodedTerm:
-        return (*term[:-1], decoded(term[-1], atoms))
-    return term
-
-
-class Decoder:
-    """`decoded` for many terms that are much alike: atoms are looked up once, and forgotten when there are many."""
-
-    __slots__ = ("_atoms",)
-
-    def __init__(self) -> None:
-        self._atoms = etf.AtomTable()
-
-    def __call__(self, term: Term) -> Term:
-        if len(self._atoms) > MAX_ATOMS_KEPT:
-            self._atoms = etf.AtomTable()
-        return decoded(term, self._atoms)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from gater.api import schema
-from gater.api.service import Decoder, Service
+from gater.api.decoding import Decoder
+from gater.api.service import Service
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.erl.errors import ErlangException, ErlError
 from gater.erl.gen_server import call
