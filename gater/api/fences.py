@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gater.api import schema
-from gater.api.appends import Remembered
+from gater.api.appends import Appends
 from gater.api.router import Router, Worker
 from gater.erl.errors import ErlangError, ErlangException
 from gater.erl.node import Node
@@ -29,20 +29,13 @@ _FENCE: Final = (Atom("khepri"), Atom("fence"))
 class Fences:
     """Who has caught up with which store, as far as this gateway knows."""
 
-    __slots__ = ("_caught_up", "_fenceless", "_fences", "_has_quorum", "_latest", "_node", "_router")
+    __slots__ = ("_appends", "_caught_up", "_fenceless", "_fences", "_has_quorum", "_node", "_router")
 
-    def __init__(
-        self,
-        node: Node,
-        router: Router,
-        *,
-        latest: Callable[[tuple[Atom, bytes]], Remembered | None],
-        has_quorum: Callable[[Atom], bool],
-    ) -> None:
-        """`latest` gives the last append of a stream that is known of, `has_quorum` whether a store has a majority."""
+    def __init__(self, node: Node, router: Router, appends: Appends, has_quorum: Callable[[Atom], bool]) -> None:
+        """`appends` know the last append of a stream; `has_quorum` says whether a store has a majority."""
         self._node = node
         self._router = router
-        self._latest = latest
+        self._appends = appends
         self._has_quorum = has_quorum
         self._caught_up: dict[tuple[Atom, Atom], float] = {}
         """When a node (of a store) was last known to have everything; it follows from then on, a little behind."""
@@ -61,7 +54,7 @@ class Fences:
     def lags(self, store: Atom, stream: bytes, node: Atom) -> bool:
         """Whether a read of this stream on `node` might miss what was appended before: the node was out of reach, or
         the last append went to another one."""
-        last = self._latest((store, stream))
+        last = self._appends.latest((store, stream))
         wrote_elsewhere = last is not None and last.owner is not node
         if node in self._fenceless:
             return wrote_elsewhere
@@ -74,7 +67,7 @@ class Fences:
 
     def last_writer(self, store: Atom, stream: bytes) -> Worker | None:
         """A worker on the node that carried out the last append of this stream, if requests are sent there."""
-        last = self._latest((store, stream))
+        last = self._appends.latest((store, stream))
         if last is None or not self._router.allows(last.owner, asyncio.get_running_loop().time()):
             return None
         return self._router.worker_on(store, last.owner)

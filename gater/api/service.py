@@ -117,9 +117,7 @@ class Service:
         self.doubt: Callable[[Atom], None] = lambda node: None
         """Told which node has not answered in time."""
         self._appends = Appends(self)
-        self.fences = Fences(
-            node, self.router, latest=self._appends.latest, has_quorum=lambda store: self.quorum(store) is None
-        )
+        self.fences = Fences(node, self.router, self._appends, lambda store: self.quorum(store) is None)
         self.timeout_s = timeout_s
         self.max_requests = max_requests
         self._calls: dict[Worker, set[WorkerCall]] = {}
