@@ -16,12 +16,13 @@ from gater.erl.terms import Atom, EncodedTerm, Term
 
 STORE = Atom(DEFAULT_STORE)
 STREAM = b"stream"
+TIMEOUT_MS = 1_000
 OK, WRITTEN, REFUSED, AHEAD, FAILED = Atom("ok"), Atom("written"), Atom("refused"), Atom("ahead"), Atom("failed")
 
 _EVALUATE = """
 {:ok, tokens, _} = :erl_scan.string(String.to_charlist(source))
 {:ok, forms} = :erl_parse.parse_exprs(tokens)
-bindings = [Again: again, Events: events, First: first, Mine: mine, Store: store, Stream: stream, TimeoutMs: 1_000]
+bindings = [Again: again, Events: events, First: first, Mine: mine, Store: store, Stream: stream, TimeoutMs: timeout_ms]
 
 try do
   :erl_eval.exprs(forms, bindings)
@@ -42,19 +43,28 @@ end
 """
 
 
-async def first_attempt(node: BeamNode, first: int, *events: Term, wanted: bool = True) -> Any:
+async def first_attempt(
+    node: BeamNode, first: int, *events: Term, wanted: bool = True, timeout_ms: int = TIMEOUT_MS
+) -> Any:
     """What the expression of a first attempt throws, with its records decoded."""
     forms = guarded.Forms(*(EncodedTerm(encode_term(None)) for _ in guarded.Forms._fields))
     encoded = EncodedTerm(encode_term(list(events)))
     _, _, (form, bindings) = guarded.first_call(
-        forms, STORE, STREAM, encoded, first, len(events), wanted=wanted, timeout_ms=1_000
+        forms, STORE, STREAM, encoded, first, len(events), wanted=wanted, timeout_ms=timeout_ms
     )
     source = guarded.QUICK if form is forms.quick else guarded.BATCH
-    outcome, number, records = await node.eval(_EVALUATE_FIRST, source=source.encode(), bindings=bindings)
-    return outcome, number, [record and decode(record) for record in records]
+    outcome, number, *records = await node.eval(_EVALUATE_FIRST, source=source.encode(), bindings=bindings)
+    return outcome, number, *([record and decode(record) for record in each] for each in records)
 
 
-async def write(node: BeamNode, first: int, *events: Term, again: bool = False, mine: Sequence[Term] = ()) -> Any:
+async def write(
+    node: BeamNode,
+    first: int,
+    *events: Term,
+    again: bool = False,
+    mine: Sequence[Term] = (),
+    timeout_ms: int = TIMEOUT_MS,
+) -> Any:
     """What the expression throws."""
     return await node.eval(
         _EVALUATE,
@@ -65,6 +75,7 @@ async def write(node: BeamNode, first: int, *events: Term, again: bool = False, 
         first=first,
         store=STORE,
         stream=STREAM,
+        timeout_ms=timeout_ms,
     )
 
 
@@ -191,6 +202,15 @@ async def test_a_batch_stops_where_somebody_elses_event_is(standin: StandInClust
     await write(node, 0, event("a"), event("theirs"))
     assert await write(node, 0, event("a"), event("b"), event("c"), again=True) == (REFUSED, 1, 2)
     assert await ids(standin) == [b"a", b"theirs"]
+
+
+@pytest.mark.parametrize("attempt", [first_attempt, write])
+async def test_a_batch_stops_by_itself_when_its_time_is_up(standin: StandInCluster, attempt: Any) -> None:
+    node = standin.members[0]
+    batch = [event(str(number)) for number in range(4_000)]
+    late, number = await attempt(node, 0, *batch, timeout_ms=20)
+    assert (late, len(await ids(standin))) == (Atom("late"), number)
+    assert number < len(batch)
 
 
 async def test_without_a_majority_nobody_knows(standin_of_three: StandInCluster) -> None:

@@ -112,7 +112,8 @@ class UnknownOutcome(GaterError):
 
 
 class PartiallyAppended(GaterError):
-    """Another writer came between the events of a batch: `stored` of `of` are in the stream, up to number `last`."""
+    """Another writer came between the events of a batch, or there was no time for all: `stored` of `of` are in the
+    stream, up to number `last`."""
 
     def __init__(self, last: int, stored: int, of: int) -> None:
         self.last = last

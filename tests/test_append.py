@@ -49,6 +49,8 @@ class Put:
     stream: int
     number: int
     record: Record
+    timed: bool = True
+    """Whether it is not even tried when time is up."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ def guarded_expression(stream: int, first: int, ids: list[str], again: bool, mad
     if again or len(ids) > 1:
         return (yield from whole_expression(stream, first, ids, again, made, []))
     record = Record(ids[0], next(made))
-    put = yield Put(stream, first, record)
+    put = yield Put(stream, first, record, timed=False)
     if put == "refused":
         return (yield from whole_expression(stream, first, ids, again, made, [record]))
     return ("written", first) if put == "ok" else ("failed",)
@@ -88,7 +90,7 @@ def whole_expression(
     number = first
     for id_ in ids:
         record = Record(id_, next(made))
-        put = yield Put(stream, number, record)
+        put = yield Put(stream, number, record, timed=number > first)
         if put == "refused":
             if not (yield Fence()):
                 return ("failed",)
@@ -96,6 +98,8 @@ def whole_expression(
             if stored != record and stored not in mine and not (again and stored is not None and stored.id == id_):
                 count = yield Count(stream)
                 return ("ahead" if stored is None else "refused", number, count)
+        elif put == "late":
+            return ("late", number)
         elif put != "ok":
             return ("failed",)
         number += 1
@@ -331,6 +335,8 @@ class World:
                 self.take(call, call.plan.refused(number, events))
             case ("ahead", number, events):
                 self.take(call, call.plan.ahead(number, events))
+            case ("late", number):
+                self.take(call, call.plan.late(number))
             case _:
                 self.outcome_unknown(call)
 
@@ -338,6 +344,8 @@ class World:
         luck = self.random.random()
         match operation:
             case Put():
+                if operation.timed and self.random.random() < 0.03:
+                    return "late"
                 if luck < 0.05:
                     self.late_commands.append(operation)
                     return "timeout"
@@ -437,7 +445,7 @@ def test_the_schedules_contain_everything_that_can_happen() -> None:
         world.run()
         seen += world.seen
     answers = ("ok", "wrong_expected_version", "partially_appended", "unknown_outcome", "call_timeout")
-    trouble = ("late operation", "landed late", "lost reply", "failed", "ahead", "refused", "written")
+    trouble = ("late operation", "landed late", "lost reply", "failed", "ahead", "refused", "late", "written")
     for kind in (*answers, *trouble):
         assert seen[kind] >= 5, seen
     assert seen["ok"] > seen["unknown_outcome"], seen
@@ -452,6 +460,14 @@ class RefusesWhileInDoubt(Append):
     def ahead(self, number: int, count: int) -> Step:
         self._in_doubt = False
         return super().ahead(number, count)
+
+
+class CountsWhileInDoubt(Append):
+    """Says how much of a batch there was time for, although an earlier attempt may store the rest."""
+
+    def late(self, number: int) -> Step:
+        self._in_doubt = False
+        return super().late(number)
 
 
 class MovesOnWhileInDoubt(Append):
@@ -495,6 +511,7 @@ def does_not_know_its_own_record(
     ("plan", "expression"),
     [
         (RefusesWhileInDoubt, guarded_expression),
+        (CountsWhileInDoubt, guarded_expression),
         (MovesOnWhileInDoubt, guarded_expression),
         (ForgetsItsAttempts, guarded_expression),
         (Append, does_not_know_its_own_record),
@@ -601,6 +618,19 @@ def test_a_stream_with_holes_is_not_written_to_for_ever() -> None:
     assert plan.ahead(8, 10) == Write(8, False)
     plan.sent()
     assert kind_of(plan.ahead(8, 10)) == "storage_failed"
+    assert kind_of(plan.out_of_time(TIMEOUT_S)) == "call_timeout"
+
+
+def test_what_there_was_no_time_for_is_told_unless_an_attempt_is_in_doubt() -> None:
+    assert sent(append(7, events=3)).late(8) == Write(8, False, later=True)
+    assert sent(append(7, events=3)).late(9) == Done(schema.error(schema.partially_appended(8, 1, 3)), 8)
+    plan = sent(append(7, events=3))
+    plan.unknown(guarded=True)
+    plan.sent()
+    assert plan.late(9) == Write(8, True, later=True)
+    assert kind_of(plan.out_of_time(TIMEOUT_S)) == "unknown_outcome"
+    plan = sent(append(7, events=3))
+    plan.late(8)
     assert kind_of(plan.out_of_time(TIMEOUT_S)) == "call_timeout"
 
 

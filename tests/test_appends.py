@@ -15,6 +15,7 @@ from test_service import ERROR, OK, House, kind_of, open_house
 
 from gater.api import schema
 from gater.api.appends import ATTEMPT_S, MAX_WRITES_PER_NODE
+from gater.api.guarded import LATE
 from gater.api.router import MAX_FAILURES
 from gater.erl.errors import ErlangThrow
 from gater.erl.terms import Atom, Term
@@ -144,6 +145,28 @@ async def test_a_store_that_was_too_short_all_along_refuses_at_once(guarded: Hou
     guarded.cluster.guarded_steps.append(too_short)
     assert await guarded.append(b"s", 7, expected=7) == (ERROR, schema.wrong_expected_version(2))
     assert len(guarded.cluster.guarded) == 1
+
+
+async def test_a_batch_whose_evaluation_ran_out_of_time_is_gone_on_with(guarded: House) -> None:
+    async def two_of_them(carry_out: Any) -> Term:
+        await guarded.cluster.append_first(STORE, b"s", 0, [event(number).to_term() for number in (0, 1)])
+        raise ErlangThrow((LATE, 2))
+
+    guarded.cluster.guarded_steps.append(two_of_them)
+    assert await guarded.append(b"s", 0, 1, 2, 3, 4) == (OK, 4)
+    assert await guarded.stored(b"s") == [0, 1, 2, 3, 4]
+    assert len(guarded.cluster.guarded) == 2
+
+
+async def test_how_much_of_a_batch_there_was_time_for_is_told(tmp_path: Path) -> None:
+    async with open_house(tmp_path, khepri=True, call_timeout_ms=200) as house:
+
+        async def late(carry_out: Any) -> Term:
+            raise ErlangThrow((LATE, 2))
+
+        house.cluster.guarded_steps.extend([late] * 10_000)
+        reply = await house.append(b"s", 0, 1, 2, 3, 4, expected=-1)
+        assert reply == (ERROR, schema.partially_appended(1, 2, 5))
 
 
 async def test_no_worker_appends_where_another_node_of_the_store_offers_the_guarded_way(guarded: House) -> None:

@@ -16,7 +16,7 @@ from `first` on and the event ids are looked for. What a frozen worker does late
     WRITE -> written -> {:ok, last}
           -> refused at `first`: a number was expected -> {:error, {:wrong_expected_version, version}}
                                  nothing was expected  -> WRITE at the new number
-          -> refused later -> {:error, {:partially_appended, last, counts}}
+          -> refused later, or time was up -> {:error, {:partially_appended, last, counts}}
           -> the stream does not reach `first` yet: an attempt is in doubt -> WRITE again after a pause, because that
              attempt would be stored if the stream grew; none is -> as refused
           -> unknown: guarded -> WRITE again; worker -> RESOLVE
@@ -89,6 +89,11 @@ class Append:
         self._in_doubt = False
         self._passed = False
         """Whether the stream was seen beyond `first` while nothing was there."""
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether an earlier attempt may have stored some of the events, or may still do so."""
+        return self._in_doubt
 
     @property
     def expects_number(self) -> bool:
@@ -179,6 +184,14 @@ class Append:
         if self._in_doubt:
             return Write(self._first, True, later=True)
         return self._refused_at(count)
+
+    def late(self, number: int) -> Step:
+        """Time was up before number `number` was tried; what comes before it is stored."""
+        assert self._first is not None
+        self._under_way = False
+        if number > self._first and not self._in_doubt:
+            return self._partial(number - self._first, number - 1)
+        return Write(self._first, self._in_doubt, later=True)
 
     def _refused_at(self, count: int) -> Step:
         if self.expects_number or (self._expected is schema.STREAM_EXISTS and count == 0):

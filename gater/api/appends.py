@@ -31,8 +31,11 @@ ATTEMPT_PER_EVENT_S: Final = 0.01
 """... and this much longer for each event of the batch (a real cluster needs 1 ms an event)."""
 
 PUT_SHARE: Final = 0.8
-"""How much of that the store may take for one event: then a node that is alive can say that its store does not answer
-before it is itself taken for one that hangs."""
+"""How much of that the store may take for one event, and the node to begin with the last one: then a node that is alive
+can say how far it has come, or that its store does not answer, before it is itself taken for one that hangs."""
+
+LEAST_ATTEMPT_S: Final = 1.0
+"""What is left of a batch is not gone on with if there is less time: it would not be much, and hardly be known."""
 
 PAUSE_S: Final = 0.1
 """Before the only node left is asked again."""
@@ -358,10 +361,8 @@ class _AppendCall:
         assert forms is not None
         return forms
 
-    def _ask_why(self, number: int, mine: Sequence[Term]) -> None:
-        """The put of `number` was refused. Another writer was there, or Khepri repeated the put: the whole expression
-        tells which, and in the second case goes on from there."""
-        self._wrote_in_vain = True
+    def _write_rest(self, number: int, mine: Sequence[Term]) -> None:
+        """Go on from `number`, with the whole expression; everything before it is stored."""
         events = self._events if number == self._first else self._request.term[-1][number - self._first :]
         attempt_s = self._attempt_s()
         mfa = guarded.call(
@@ -370,7 +371,7 @@ class _AppendCall:
             self._stream,
             events,
             number,
-            again=False,
+            again=self._plan.in_doubt,
             mine=mine,
             timeout_ms=max(1, round(attempt_s * PUT_SHARE * 1000)),
         )
@@ -398,7 +399,12 @@ class _AppendCall:
         if not self.answered:
             match outcome:
                 case (problem, int(number), [mine]) if guarded.is_refusal(problem):
-                    self._ask_why(number, [mine])
+                    # Another writer was there, or Khepri repeated the put: the whole expression tells which.
+                    self._wrote_in_vain = True
+                    self._write_rest(number, [mine])
+                    return
+                case (kind, int(number)) if kind is guarded.LATE and self._attempt_s() > LEAST_ATTEMPT_S:
+                    self._write_rest(number, [])
                     return
         self._write_over()
         if self.answered:
@@ -417,6 +423,9 @@ class _AppendCall:
             case (kind, int(number), int(count)) if kind is guarded.AHEAD:
                 self._node_works()
                 self.take(self._plan.ahead(number, count))
+            case (kind, int(number)) if kind is guarded.LATE:
+                self._node_works()
+                self.take(self._plan.late(number))
             case _:
                 self._attempt_failed(error.reason if error is not None else result)
                 self._again(self._plan.unknown(guarded=True))

@@ -7,6 +7,9 @@ there, nothing is installed); it writes one event after the other under these co
 refusal. Records are made by the node's own `ExESDB.StreamsHelper`, so they equal those of its workers. Raft decides,
 therefore it holds against every writer but one that puts without conditions.
 
+An evaluation that has begun goes on whatever becomes of the gateway that asked for it. So one of several events stops
+by itself when its time is up: nobody is answered that his append has failed while its events still arrive.
+
 There are three expressions. `QUICK` and `BATCH` are for the first attempt to write one event, the usual case, and
 several. They do nothing else: `erl_eval` walks through every word of an expression, so each line costs microseconds.
 `SOURCE` writes any number, finds out what became of earlier attempts and what a refusal means. That makes it far more
@@ -43,6 +46,7 @@ RecordOf = fun(Number, Event) ->
            end,
 Timeless = fun(Record) -> maps:without([created, created_epoch], Record) end,
 Failed = fun(Number, Problem) -> throw({failed, Number, Problem}) end,
+Until = erlang:monotonic_time(millisecond) + TimeoutMs,
 StoredAt = fun(Number) ->
                    case khepri:fence(Store, TimeoutMs) of
                        ok -> ok;
@@ -65,6 +69,7 @@ Refuse = fun(Kind, Number) ->
 Write = fun Write(Number, []) ->
                 throw({written, Number - 1});
             Write(Number, [Event | Events]) ->
+                Number =:= First orelse erlang:monotonic_time(millisecond) < Until orelse throw({late, Number}),
                 Record = RecordOf(Number, Event),
                 case khepri:put(Store, Path(Number), Record, #{timeout => TimeoutMs}) of
                     ok ->
@@ -94,6 +99,8 @@ Write(First, Events).
     {refused, Number, Count}   this number holds somebody else's event; the stream has Count events
     {ahead, Number, Count}     this number holds nothing, but the stream was too short to put anything there
     {failed, Number, Problem}  nobody knows whether this number has been written
+    {late, Number}             every event before this number is stored; it was not tried, for time was up. Never the
+                               first one: what became of one of `Mine` would be forgotten
 
 A refused put may have been stored all the same: Khepri sends a command again when the leader it was sent to goes down,
 and the second one finds the first one's event. Such an event is this very record, to the microsecond, or the one that
@@ -109,8 +116,11 @@ throw({khepri:put(Store, Path, Record, Options), Number, [term_to_binary(Record)
 """
 
 BATCH: Final = """
+#{timeout := TimeoutMs} = Options,
+Until = erlang:monotonic_time(millisecond) + TimeoutMs,
 Records = [
     begin
+        erlang:monotonic_time(millisecond) < Until orelse throw({late, Number}),
         Now = 'Elixir.DateTime':utc_now(),
         Epoch = 'Elixir.DateTime':to_unix(Now, microsecond),
         Record = 'Elixir.ExESDB.StreamsHelper':to_event_record(Event, Stream, Number, Now, Epoch),
@@ -130,6 +140,7 @@ throw({ok, Last, Records}).
                                   `Wanted`: then empty binaries
     {Problem, Number, [Record]}   the put of this number was refused or has failed, nothing was written after it; what
                                   was to be stored
+    {late, Number}                every event before this number is stored, this one was not tried; of `BATCH` only
 
 Records are binaries of `term_to_binary`: whoever passes them on need not decode them. `is_refusal` tells a refusal, of
 which `SOURCE` has to say why, from a failure, of which nobody knows whether it has been written.
@@ -143,6 +154,7 @@ CHILD_LIST_LENGTH: Final = Atom("child_list_length")
 WRITTEN: Final = Atom("written")
 REFUSED: Final = Atom("refused")
 AHEAD: Final = Atom("ahead")
+LATE: Final = Atom("late")
 _FUNCTIONS: Final = (
     ("khepri", "put", 4),
     ("khepri", "get", 2),
@@ -282,7 +294,7 @@ def call(
     timeout_ms: int,
 ) -> tuple[Atom, Atom, list[Term]]:
     """The module, function and arguments of one guarded append. `events` are the NewEvents, encoded or not; `mine` the
-    record of the first attempt, which was refused."""
+    record of the first attempt if that was refused."""
     bindings = [
         (Atom("Again"), again),
         (Atom("Events"), events),

@@ -455,7 +455,7 @@ def epoch_us(moment: datetime) -> int:
 # | {:call_timeout, milliseconds}         | a request that changes nothing was not answered       | nothing to do  |
 # | {:worker_died, reason}                | the worker exited before it answered such a request   | nothing to do  |
 # | {:unknown_outcome, text}              | a write was sent and not answered                     | perhaps        |
-# | {:partially_appended, last, map}      | another writer came between the events of a batch     | in part        |
+# | {:partially_appended, last, map}      | another writer came between the events, or time was up | in part       |
 # | {:no_quorum, details}                 | the store's members in reach are no majority          | no             |
 # | {:storage_failed, text}               | the embedded store could not read or write its file   | no             |
 # | {:reply_too_large, text}              | ask for fewer events                                  | nothing to do  |
@@ -537,7 +537,8 @@ def unknown_outcome(text: str) -> Term:
 
 
 def partially_appended(last_version: int, stored: int, of: int) -> Term:
-    """`stored` of the `of` events are in the stream, up to number `last_version`; then another writer came."""
+    """`stored` of the `of` events are in the stream, up to number `last_version`; then another writer came,
+    or time was up."""
     return (_PARTIALLY_APPENDED, last_version, {_STORED: stored, _OF: of})
 
 
