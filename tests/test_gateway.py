@@ -301,6 +301,22 @@ async def test_a_client_of_a_gateway_uses_the_gateways_own_process(cluster: Clus
             await client.get_version(NAME, "s")
 
 
+async def test_who_is_connected_to_two_gateways_does_not_notice_that_one_shuts_down(cluster: Cluster) -> None:
+    async with gateway(cluster) as one, gateway(cluster) as two:
+        for system in (one, two):
+            await connected(system, cluster)
+        async with to_nodes(cluster, one.settings.name, two.settings.name) as client:
+            await wait_until(lambda: len(client._service.router) == 2, "both gateways")
+            one.service._draining = True
+            for number in range(20):
+                assert await client.append_events(NAME, "s", event(number)) == number
+                assert await client.get_version(NAME, "s") == number
+            two.service._draining = True
+            with pytest.raises(Draining):
+                await client.get_version(NAME, "s")
+            one.service._draining = two.service._draining = False
+
+
 async def test_a_worker_that_dies_behind_a_gateway_does_not_trouble_its_clients(cluster: Cluster) -> None:
     async with (
         gateway(cluster) as system,

@@ -228,6 +228,33 @@ def test_a_node_that_keeps_failing_is_asked_ever_less_often() -> None:
     assert pauses[-1] == MAX_OPEN_S
 
 
+def test_a_worker_that_does_not_answer_is_left_out_beside_others_of_its_node() -> None:
+    router = router_of(entry(0, 1), entry(0, 2), choose=random.Random(0).randrange)
+    silent, other = router.workers(STORE)
+    for _ in range(MAX_FAILURES):
+        router.asked(silent, NOW)
+        router.unanswered(silent, NOW)
+
+    def chosen(now: float, stream: bytes | None) -> set[object]:
+        return {router.choose(STORE, stream, now) for _ in range(20)}
+
+    for stream in (None, b"s"):
+        assert chosen(NOW, stream) == {other}
+    later = NOW + OPEN_S
+    assert chosen(later, b"s") == {silent, other}
+    router.asked(silent, later)
+    assert chosen(later, b"s") == {other}, "one request is the probe"
+    router.answered(silent)
+    assert chosen(later, b"s") == {silent, other}
+    # The only one left is asked all the same, and nothing is kept of one that is gone.
+    for _ in range(MAX_FAILURES):
+        router.unanswered(silent, NOW)
+    router.remove(other)
+    assert chosen(NOW, b"s") == {silent}
+    router.remove(silent)
+    assert not router._slow
+
+
 def test_a_suspect_node_gets_nothing_until_it_answers_again() -> None:
     router = router_of(*(entry(node, 1) for node in range(3)))
     owner, second, _ = router.owners(STORE, b"stream")

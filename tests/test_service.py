@@ -19,6 +19,8 @@ from gateway_kit import (
     GuardedStep,
     Held,
     Step,
+    StoreNode,
+    Worker,
     answering,
     bare_refusal,
     caller_node,
@@ -43,7 +45,7 @@ from gater.api import discovery, schema, worker_calls
 from gater.api.server import API_MODULE
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangThrow
-from gater.erl.gen_server import call
+from gater.erl.gen_server import Caller, call
 from gater.erl.terms import Atom, Term
 from gater.system import System
 
@@ -224,6 +226,73 @@ async def test_a_read_that_nobody_answers_times_out(tmp_path: Path) -> None:
         house.cluster.always(hang, "get_streams")
         assert await house.ask("get_streams", STORE) == (ERROR, schema.call_timeout(60))
         assert await house.version(b"s") == (OK, -1)
+
+
+async def test_a_worker_that_hangs_is_left_out_on_a_node_that_works(tmp_path: Path) -> None:
+    async with open_house(tmp_path, call_timeout_ms=300) as house:
+        hung = house.cluster.workers[0]
+
+        def hangs_alone(worker: Worker, request: Term, caller: Caller) -> Term:
+            return hang(worker, request, caller) if worker is hung else worker.carry_out(request, caller)
+
+        house.cluster.always(hangs_alone, "get_version")
+        replies = [await house.version(b"s-%d" % number) for number in range(40)]
+        failed = [reply for reply in replies if reply[0] is ERROR]
+        assert {kind_of(reply) for reply in failed} == {"call_timeout"}
+        # MAX_FAILURES, and a probe now and then; half of them without the breaker.
+        assert len(failed) < 10
+
+
+async def test_without_a_majority_no_cast_that_writes_is_sent(house: House) -> None:
+    ask = function_door(house.caller, house.system)
+    details = {Atom("problem"): Atom("minority")}
+    house.system.service.quorum = lambda store: details
+    refused = (ERROR, schema.no_quorum(details))
+    assert await ask("record_snapshot", STORE, b"agg", b"s", 0, {}) == refused
+    assert await ask("delete_snapshot", STORE, b"agg", b"s", 0) == refused
+    assert await ask("save_subscription", STORE, schema.BY_STREAM, b"$all", b"p") == refused
+    assert await house.version(b"s") == (OK, -1)
+    assert house.cluster.casts == []
+
+
+async def test_appends_keep_their_order_while_the_store_is_being_found(tmp_path: Path) -> None:
+    async with open_cluster(tmp_path, 2, khepri=True) as cluster:
+        quick, slow = asyncio.Event(), asyncio.Event()
+        for member, opened in zip(cluster.nodes, (quick, slow), strict=True):
+
+            async def registered(member: StoreNode = member, opened: asyncio.Event = opened) -> Term:
+                await opened.wait()
+                return [worker.entry for worker in member.workers]
+
+            del member.node.exports._functions[Atom("Elixir.Swarm"), Atom("registered"), 0]
+            member.node.exports.add("Elixir.Swarm", "registered", registered)
+        async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
+            house = House(cluster, system, caller)
+            await wait_until(lambda: len(system.node.nodes()) >= 2, "the connections")
+            first = asyncio.create_task(house.append(b"s", 1))
+            await wait_until(lambda: system.service.under_way == 1, "the first append")
+            quick.set()
+            await wait_until(lambda: STORE in system.service.router.stores, "a worker")
+            second = asyncio.create_task(house.append(b"s", 2))
+            await wait_until(lambda: system.service.under_way == 2, "the second append")
+            slow.set()
+            assert [await first, await second] == [(OK, 0), (OK, 1)]
+            assert not system.service._unsettled
+
+
+async def test_a_worker_appends_only_when_its_node_has_what_others_wrote(tmp_path: Path) -> None:
+    async with open_house(tmp_path, nodes=2) as house:
+        assert await house.append(b"s", 1) == (OK, 0)
+        (worker,) = house.cluster.asked("append_events")
+        other = next(each.node.name for each in house.cluster.nodes if each is not worker.home)
+        # Another gateway has appended on the other node.
+        house.system.service.appended_elsewhere(STORE, b"s", 1, other)
+        assert await house.cluster.ask(("append_events", STORE, b"s", 0, [event(2).to_term()])) == (OK, 1)
+        house.cluster.requests.clear()
+        assert await house.append(b"s", 3, expected=1) == (OK, 2)
+        ops = [str(request[0]) for _, request in house.cluster.requests]
+        assert ops[-1] == "append_events"
+        assert "get_version" in ops[:-1]
 
 
 @pytest.fixture

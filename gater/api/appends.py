@@ -273,7 +273,7 @@ class _AppendCall:
         if refusal is not None:
             self._finish(Done(schema.error(refusal)))
             return
-        remembered = self._appends.remembered(self.key)
+        remembered = self._appends.latest(self.key)
         if self._is_guarded or (remembered is not None and remembered.owner is self._node):
             self.take(self._plan.begin(guarded=self._is_guarded))
         else:
@@ -578,7 +578,7 @@ class _AppendCall:
         others = self._service.router.nodes(self._store)
         answers = await asyncio.gather(*(self._version(other) for other in others), return_exceptions=True)
         highest = max((answer for answer in answers if isinstance(answer, int)), default=-1)
-        remembered, expected = self._appends.remembered(self.key), self._request.term[3]
+        remembered, expected = self._appends.latest(self.key), self._request.term[3]
         hoped_for = max(
             highest,
             -1 if remembered is None else remembered.version,

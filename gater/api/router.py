@@ -12,7 +12,8 @@ the next in that order takes its place. Other requests go to the less loaded of 
 good as the least loaded of all and cannot make all gateways choose the same one.
 
 A node whose requests fail `MAX_FAILURES` times in a row is left out (*open*), after a while one request is let through
-(*half-open*), and its outcome decides (a circuit breaker). A node that is *suspect* is left out until it is not.
+(*half-open*), and its outcome decides (a circuit breaker); the same goes for a worker beside others of its node. A node
+that is *suspect* is left out until it is not.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Worker:
     node: Atom
     store: Atom | None
     load: int = 0
+    leaving: bool = False
+    """It is a gateway that is shutting down."""
     listed_by: set[Atom] = field(default_factory=set)
 
 
@@ -129,6 +132,8 @@ class Router:
         self._breakers: dict[Atom, Breaker] = {}
         self._outsiders: dict[Atom, frozenset[Atom]] = {}
         self._suspect: set[Atom] = set()
+        self._slow: dict[Worker, Breaker] = {}
+        """Workers whose latest requests were not answered in time."""
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -214,6 +219,7 @@ class Router:
         """This worker is gone."""
         if self._workers.pop(worker.address, None) is None:
             return
+        self._slow.pop(worker, None)
         nodes = self._stores[worker.store]
         nodes[worker.node].remove(worker)
         if not nodes[worker.node]:
@@ -248,6 +254,23 @@ class Router:
             breaker = self._breakers[node] = Breaker()
         return breaker
 
+    def asked(self, worker: Worker, now: float) -> None:
+        """A request is sent to a worker."""
+        self.breaker(worker.node).probing(now)
+        slow = self._slow.get(worker)
+        if slow is not None:
+            slow.probing(now)
+
+    def answered(self, worker: Worker) -> None:
+        """A worker has answered."""
+        self.breaker(worker.node).succeeded()
+        self._slow.pop(worker, None)
+
+    def unanswered(self, worker: Worker, now: float) -> None:
+        """A worker has not answered in time; others of its node may."""
+        if self.has(worker):
+            self._slow.setdefault(worker, Breaker()).failed(now)
+
     def owners(self, store: Atom, stream: bytes) -> list[Atom]:
         """The nodes with workers of `store`, the owner of `stream` first, then who takes its place."""
         return sorted(self._serving(store), key=lambda node: owner_rank(store, stream, node), reverse=True)
@@ -276,15 +299,23 @@ class Router:
                 return None
         elif stream is not None:
             node = self.owner(store, stream, now, avoid)
-            return None if node is None else self._less_loaded(nodes[node])
+            return None if node is None else self._less_loaded(self._quick(nodes[node], now))
         everyone = [worker for workers in nodes.values() for worker in workers]
         return self._less_loaded(self._allowed(everyone, now, avoid))
 
     def _allowed(self, workers: list[Worker], now: float, avoid: Collection[Atom]) -> list[Worker]:
         if avoid:
             workers = [worker for worker in workers if worker.node not in avoid]
+        workers = [worker for worker in workers if not worker.leaving] or workers
         allowed = [worker for worker in workers if self.allows(worker.node, now)]
-        return allowed or workers
+        return self._quick(allowed or workers, now)
+
+    def _quick(self, workers: list[Worker], now: float) -> list[Worker]:
+        """Those of the workers that are not left out; all of them if all are."""
+        slow = self._slow
+        if not slow:
+            return workers
+        return [each for each in workers if each not in slow or slow[each].allows(now)] or workers
 
     def _less_loaded(self, workers: list[Worker]) -> Worker | None:
         count = len(workers)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -118,6 +119,8 @@ class Service:
         """Told which node has not answered in time."""
         self._appends = Appends(self)
         self.fences = Fences(node, self.router, self._appends, lambda store: self.quorum(store) is None)
+        self._unsettled: Counter[tuple[Atom | None, bytes | None]] = Counter()
+        """The streams with appends that wait until registries have been asked again."""
         self.timeout_s = timeout_s
         self.max_requests = max_requests
         self._calls: dict[Worker, set[WorkerCall]] = {}
@@ -177,7 +180,10 @@ class Service:
     ) -> None:
         """An append to a store of the cluster, or by way of another gateway where no store node is connected."""
         left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        if request.store in self.router.stores or (refreshed and not self.router.serves_all):
+        if not refreshed and (request.store, request.stream) in self._unsettled:
+            # Others of the stream came before it.
+            self._append_refreshed(request, term, on_reply, deadline, left_s)
+        elif request.store in self.router.stores or (refreshed and not self.router.serves_all):
             self._appends.submit(request, events_to_send(request.term, term), on_reply, left_s)
         elif self.router.serves_all:
             WorkerCall(self, request, term, self._telling(request, on_reply), left_s).begin()
@@ -190,15 +196,25 @@ class Service:
         """Append once the registries have been asked again, if that does not take longer than the caller can wait."""
         is_late = False
 
+        key = (request.store, request.stream)
+        self._unsettled[key] += 1
+
+        def settled() -> None:
+            self._unsettled[key] -= 1
+            if not self._unsettled[key]:
+                del self._unsettled[key]
+
         def out_of_time() -> None:
             nonlocal is_late
             is_late = True
+            settled()
             self.done()
             on_reply(schema.error(schema.call_timeout(round(timeout_s * 1000))))
 
         def refreshed() -> None:
             if not is_late:
                 timer.cancel()
+                settled()
                 self._append(request, term, on_reply, deadline, refreshed=True)
 
         timer = asyncio.get_running_loop().call_at(deadline, out_of_time)
@@ -278,6 +294,8 @@ class Service:
             return
         elif self.embedded is not None and self.is_embedded(checked.store):
             on_taken(self.embedded.cast(checked))
+        elif checked.store is not None and (refusal := self.write_refusal(checked.store)) is not None:
+            on_taken(Rejected(refusal))
         else:
             to_send = raw if raw is not None and checked.term is request else checked.term
             if not self._send_cast(checked, to_send, on_taken):

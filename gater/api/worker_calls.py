@@ -15,7 +15,7 @@ import structlog
 
 from gater.api import schema
 from gater.api.decoding import decoded
-from gater.api.router import Worker
+from gater.api.router import ANY_STORE, Worker
 from gater.api.schema import Request
 from gater.erl.errors import CallError, EncodeError, NoProcess
 from gater.erl.gen_server import PendingCall
@@ -35,6 +35,7 @@ MIN_ATTEMPT_S: Final = 0.5
 """But never less than this."""
 
 _REPLY_LEVELS: Final = 1
+_DRAINING: Final = schema.error(schema.DRAINING)
 
 log = structlog.get_logger(__name__)
 
@@ -144,7 +145,7 @@ class WorkerCall:
     def _ask(self, worker: Worker, now: float) -> None:
         service, request = self._service, self._request
         service.attach(self, worker)
-        service.router.breaker(worker.node).probing(now)
+        service.router.asked(worker, now)
         try:
             self._asked[worker] = PendingCall(
                 service.node,
@@ -172,6 +173,7 @@ class WorkerCall:
     def _too_slow(self, worker: Worker) -> None:
         """Ask another node as well. What this one has begun goes on: a large read takes as long anywhere."""
         if worker in self._asked:
+            self._service.router.unanswered(worker, self._loop.time())
             self._failed(worker)
             self._attempts += 1
             if self._attempts < MAX_ATTEMPTS:
@@ -191,7 +193,18 @@ class WorkerCall:
         if error is not None:
             self.worker_down(worker, error)
             return
-        self._service.router.breaker(worker.node).succeeded()
+        router = self._service.router
+        router.answered(worker)
+        if worker.store is ANY_STORE and _is_error(reply) and decoded(reply) == _DRAINING:
+            # That gateway is shutting down, and has done nothing.
+            worker.leaving = True
+            others = any(each.store is ANY_STORE and not each.leaving for each in router)
+            self._attempts += 1
+            if others and self._attempts < MAX_ATTEMPTS:
+                self._asked.pop(worker)
+                self._service.detach(self, worker)
+                self._send()
+                return
         self._answer(reply)
 
     def worker_down(self, worker: Worker, error: CallError) -> None:
@@ -217,6 +230,8 @@ class WorkerCall:
             self._answer(schema.error(schema.worker_died(error.reason)))
 
     def _timed_out(self, timeout_s: float) -> None:
+        for worker in self._asked:
+            self._service.router.unanswered(worker, self._loop.time())
         if self._request.is_write and self._asked:
             reason = schema.unknown_outcome(
                 f"no answer within {timeout_s:g} s; read the stream and look for the event ids"
@@ -261,3 +276,7 @@ class WorkerCall:
         self._timer.cancel()
         self._service.done()
         on_reply(reply)
+
+
+def _is_error(reply: Term) -> bool:
+    return type(reply) is tuple and len(reply) == 2 and reply[0] is schema.ERROR
