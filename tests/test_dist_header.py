@@ -378,6 +378,22 @@ class Relay(RuleBasedStateMachine):
         message = self.passed(self.leaving[to], self.readers[to], CONTROL, (before, term), size=size)
         assert terms_of(message) == [CONTROL, (before, expected)]
 
+    @rule(to=peers, after=Conversation.terms, which=st.integers(0, 1000), times=st.integers(1, 3))
+    def pass_on_again_and_say_more(self, to: int, after: Term, which: int, times: int) -> None:
+        if not self.held:
+            return
+        term, expected = self.held[which % len(self.held)]
+        for _ in range(times):
+            assert terms_of(self.passed(self.leaving[to], self.readers[to], (1, term))) == [(1, expected)]
+        message = self.passed(self.leaving[to], self.readers[to], CONTROL, (term, after, term))
+        assert terms_of(message) == [CONTROL, (expected, after, expected)]
+
+    @rule(to=peers, which=st.integers(0, 1000))
+    def fail_behind_what_is_passed_on(self, to: int, which: int) -> None:
+        if self.held:
+            with pytest.raises(EncodeError):
+                self.leaving[to].message((1, self.held[which % len(self.held)][0], object()))
+
     @rule(to=peers, number=st.integers(2, 4), which=st.integers(0, 1000))
     def pass_on_together(self, to: int, number: int, which: int) -> None:
         if not self.held:
@@ -400,6 +416,24 @@ class Relay(RuleBasedStateMachine):
     def let_go(self, which: int) -> None:
         if self.held:
             del self.held[which % len(self.held)]
+
+
+def test_a_header_is_not_used_again_when_its_atoms_have_been_replaced() -> None:
+    writer, reader = HeaderWriter(0), HeaderReader(AtomTable())
+    names = (Atom("a"), Atom("b"))
+    term = EncodedTerm(b"h\2R\0R\1", atoms=names)
+    first, second, third = (frame_of(writer.message((1, term)).frame()) for _ in range(3))
+    assert len(first) > len(second)
+    assert second == third
+    for frame in (first, second, third):
+        message = reader.receive(frame)
+        assert message is not None
+        assert terms_of(message) == [(1, names)]
+    for place in range(0, CACHE_SIZE, 250):
+        reader.receive(frame_of(writer.message(atoms_named("other ", range(place, place + 250))).frame()))
+    message = reader.receive(frame_of(writer.message((1, term)).frame()))
+    assert message is not None
+    assert terms_of(message) == [(1, names)]
 
 
 TestRelay = Relay.TestCase

@@ -104,8 +104,8 @@ atom cache. A call to a server and most answers have fewer: with the cache they 
 three times as long to make. A list of ten maps with ten keys has more."""
 
 MAX_KNOWN_LISTS: Final = 64
-"""Lists of atoms of a peer that are kept as they came. Its traffic consists of a few kinds of messages; no list holds
-more than 255 atoms."""
+"""Lists of atoms of a peer that are kept as they came, and headers that pass such a list on. Its traffic consists of a
+few kinds of messages; no list holds more than 255 atoms."""
 
 _SMALL_PIECE_BYTES: Final = 4096
 """Fragments below this size are gathered in one buffer."""
@@ -306,17 +306,25 @@ class _MessageAtoms(AtomRefs):
     encoded leaves it as the peer knows it.
     """
 
-    __slots__ = ("_hand", "_places", "_taken_over", "listed", "used")
+    __slots__ = ("_hand", "_headers", "_places", "header", "listed", "taken_over", "used")
 
-    def __init__(self, places: dict[bytes, int], hand: int) -> None:
+    def __init__(self, places: dict[bytes, int], hand: int, headers: dict[int, tuple[Sequence[Term], bytes]]) -> None:
         super().__init__()
         self._places = places
         self._hand = hand
-        self._taken_over: Sequence[Term] = ()
+        self._headers = headers
+        self.taken_over: Sequence[Term] = ()
+        self.header = b""
+        """The header that lists what is taken over and nothing else, if one like that was made before. Then nothing is
+        `listed` until another atom comes."""
         self.listed: list[tuple[bytes, int, bool]] = []
         self.used: set[int] = set()
 
     def __missing__(self, item: Atom) -> bytes:
+        if self.header:
+            self.header = b""
+            self._take_over()
+            return self[item]
         index = len(self.listed)
         if index == MAX_ATOMS_PER_MESSAGE:
             self[item] = item.etf
@@ -339,15 +347,27 @@ class _MessageAtoms(AtomRefs):
 
     def passed_on(self, term: EncodedTerm) -> bytes:
         """The term as it came, if the list of this message begins with its atoms or can."""
-        if term.atoms is not self._taken_over:
-            if self.listed or len(term.atoms) > MAX_ATOMS_PER_MESSAGE:
+        if term.atoms is not self.taken_over:
+            if self.listed or self.header or len(term.atoms) > MAX_ATOMS_PER_MESSAGE:
                 return plain_bytes(term)
-            self._taken_over = term.atoms
-            for index, item in enumerate(term.atoms):
-                self._list(atom_bytes(item))
-                if type(item) is Atom:
-                    self.setdefault(item, _REFS[index])
+            self.taken_over = term.atoms
+            known = self._headers.get(id(term.atoms))
+            if known is None:
+                self._take_over()
+            else:
+                self.header = known[1]
         return term.data
+
+    def _take_over(self) -> None:
+        for index, item in enumerate(self.taken_over):
+            self._list(atom_bytes(item))
+            if type(item) is Atom:
+                self.setdefault(item, _REFS[index])
+
+    def begin_again(self) -> None:
+        """Forget what has been taken over, of which nothing was listed."""
+        self.taken_over = ()
+        self.header = b""
 
     @property
     def hand(self) -> int:
@@ -414,7 +434,10 @@ class HeaderWriter:
         self._cache: list[bytes] = [b""] * CACHE_SIZE
         """What the peer holds: encoded atoms, and `b""` where it has been sent none."""
         self._hand = 0
-        self._atoms = _MessageAtoms(self._places, 0)
+        self._headers: dict[int, tuple[Sequence[Term], bytes]] = {}
+        """Headers that list what was taken over and nothing else, by the identity of that list; each with its list, so
+        that no other gets that identity. They hold until an atom is put into the cache."""
+        self._atoms = _MessageAtoms(self._places, 0, self._headers)
         """Of the next message that lists any."""
 
     def message(self, control: Term, *payload: Term) -> OutgoingMessage:
@@ -430,11 +453,15 @@ class HeaderWriter:
             payload_at = len(pieces)
             for term in payload:
                 encode_into(pieces, term, atoms, self._full_pieces)
-            if atoms.listed:
+            if atoms.header:
+                pieces[0] = atoms.header
+            elif atoms.listed:
                 pieces[0] = self._header(atoms)
         finally:
             if atoms.listed:
-                self._atoms = _MessageAtoms(self._places, self._hand)
+                self._atoms = _MessageAtoms(self._places, self._hand, self._headers)
+            elif atoms.header:
+                atoms.begin_again()
         return OutgoingMessage(pieces, payload_at)
 
     def _header(self, atoms: _MessageAtoms) -> bytes:
@@ -455,9 +482,16 @@ class HeaderWriter:
                 short = encoded[0] == 119
                 entries.append(b"\0" + encoded[1:] if short and long_atoms else encoded[1:])
                 self._put(encoded, place)
-        return b"".join(entries)
+        header = b"".join(entries)
+        taken_over = atoms.taken_over
+        if count == len(taken_over) and not any(is_new for _, _, is_new in listed):
+            if len(self._headers) >= MAX_KNOWN_LISTS:
+                self._headers.clear()
+            self._headers[id(taken_over)] = (taken_over, header)
+        return header
 
     def _put(self, encoded: bytes, place: int) -> None:
+        self._headers.clear()
         replaced = self._cache[place]
         if self._places.get(replaced) == place:
             del self._places[replaced]
