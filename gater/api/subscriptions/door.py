@@ -225,11 +225,13 @@ class Subscriptions:
     def appended(
         self, store: Atom, stream: bytes, version: int, node: Atom, stored: Sequence[tuple[Term, bytes]] = ()
     ) -> None:
-        """An append on `node` that went through this gateway: a hint for us and, when there is time, for the others."""
+        """An append on `node` that went through this gateway: a hint for us and, once a turn of the loop, for the
+        others."""
         self._hint(store, stream, version, stored)
         if self._pubsub is not None:
             if not self._told:
-                self._service.node.busy_wait.later(self._tell_others)
+                # Not when there is time: whoever asks another gateway next reads what was written here.
+                asyncio.get_running_loop().call_soon(self._tell_others)
             self._told[store, stream] = version, node
 
     def _tell_others(self) -> None:
