@@ -34,7 +34,7 @@ PUT_SHARE: Final = 0.8
 """How much of that the store may take for one event, and the node to begin with the last one: then a node that is alive
 can say how far it has come, or that its store does not answer, before it is itself taken for one that hangs."""
 
-LEAST_ATTEMPT_S: Final = 1.0
+LEAST_ATTEMPT_S: Final = 0.5
 """What is left of a batch is not gone on with if there is less time: it would not be much, and hardly be known."""
 
 PAUSE_S: Final = 0.1
