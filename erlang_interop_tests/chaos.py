@@ -320,19 +320,24 @@ class House:
         )
 
     async def ready(self, nodes: int | None = None) -> None:
-        """Wait until every gateway that runs appends on so many store nodes (all members)."""
+        """Wait until every gateway that runs appends on so many store nodes (all members), and knows the others."""
         wanted = len(self.cluster.members) if nodes is None else nodes
-        for number, gater in enumerate(self.gaters):
-            if gater.process.returncode is not None:
-                continue
+        running = [gater for gater in self.gaters if gater.process.returncode is None]
+        everybody = {gater.atom for gater in running}
+        for gater in running:
 
-            async def knows(number: int = number) -> bool:
-                pids = await self.callers.eval(
-                    ":erpc.call(node, ExESDBGater.API, :gateway_worker_pids, [])", node=self.gaters[number].atom
+            async def knows(gater: GaterProcess = gater) -> bool:
+                workers, connected = await self.callers.eval(
+                    """
+                    {:erpc.call(node, ExESDBGater.API, :gateway_worker_pids, []),
+                     :erpc.call(node, :erlang, :nodes, [:connected])}
+                    """,
+                    node=gater.atom,
                 )
-                return len({pid.node for pid in pids}) >= wanted
+                stores = {pid.node for pid in workers} - everybody
+                return len(stores) >= wanted and everybody <= {gater.atom, *connected}
 
-            await wait_until(knows, 45, what=f"{gater.name} knowing {wanted} store nodes")
+            await wait_until(knows, 45, what=f"{gater.name} knowing {wanted} store nodes and the other gateways")
 
 
 @asynccontextmanager
