@@ -217,7 +217,6 @@ async def run(
         await _latencies(bench, table, seconds, beam_echo_ns)
         await _one_subscriber(bench, table, seconds)
         await _many_subscribers(bench, table, seconds, subscribers)
-        await _direct(bench, client, cluster, table, streams)
         await through.stop()
         if compiled is not None:
             quick = await stack.enter_async_context(gater_process(connect=cluster.names, source=compiled, **shared))
@@ -226,6 +225,10 @@ async def run(
             await _latencies(bench, table, seconds, beam_echo_ns)
             await _one_subscriber(bench, table, seconds)
             await quick.stop()
+        large = await stack.enter_async_context(gater_process(connect=cluster.names, **shared))
+        await _known(client, large)
+        await _many_streams(Bench("store node", client, large), client, cluster, table, seconds, streams)
+        await large.stop()
         embedded = await stack.enter_async_context(gater_process(embedded=data, stores=[STORE.name], **shared))
         own = Bench("embedded store", client, embedded)
         await _latencies(own, table, seconds, beam_echo_ns)
@@ -335,14 +338,24 @@ async def _all_there(bench: Bench, pids: Sequence[Term], count: int) -> bool:
     return sum(await bench.counts(pids)) >= count
 
 
-async def _direct(bench: Bench, client: BeamNode, cluster: StandInCluster, table: Table, streams: int) -> None:
-    """Appends by a worker of the store node, of which no gateway hears."""
+async def _many_streams(
+    bench: Bench, client: BeamNode, cluster: StandInCluster, table: Table, seconds: float, streams: int
+) -> None:
+    """A store with many streams: appends through the gateway, then by a worker of the store node, of which no gateway
+    hears."""
     worker = next(iter((await cluster.workers()).values()))
     _say(f"{bench.label}: filling {streams} streams")
     await client.eval(
         'gater_bench_subscribers:fill(Target, <<"filled">>, Count)', Target=worker, Count=streams, timeout_s=300
     )
     pids = await bench.subscribe()
+    _say(f"{bench.label}: 1,000 events/s beside {streams} streams")
+    await bench.paced(1_000, min(1.0, seconds))
+    await bench.arrivals(pids, 1)
+    before = bench.cpu_s()
+    count = await bench.paced(1_000, seconds)
+    seen = await bench.arrivals(pids, count)
+    _add(table, bench, f"1,000 events/s offered, {streams:,} streams", seen, bench.cpu_s() - before)
     _say(f"{bench.label}: appends on the store node")
     before = bench.cpu_s()
     for number in range(DIRECT_APPENDS):

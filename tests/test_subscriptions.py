@@ -30,6 +30,8 @@ from gater.api.subscriptions.poll import (
     COSTS_KEPT,
     INDEX_S,
     MAX_CREDIT_S,
+    MAX_OWN_CREDIT_S,
+    OWN_SHARE,
     PollPlan,
 )
 from gater.api.subscriptions.protocol import Action, Event, Options, Spec, Start, Strategy, event_of
@@ -692,6 +694,28 @@ def test_counting_keeps_the_store_less_than_two_percent_busy(cost: float, sharer
     assert spent >= 0.9 * 1_000.0 * BUSY_SHARE / sharers
     assert looks <= 1_000.0 / INDEX_S + 1
     assert BUSY_SHARE < 0.02
+
+
+def test_reading_counts_takes_a_tenth_of_the_gateways_time_at_most() -> None:
+    plan, now, spent, looks = PollPlan(0.0), 0.0, 0.0, 0
+    while now < 100.0:
+        if plan.index_due(now):
+            looks += 1
+            plan.index(looks, now)
+        if plan.counts_due(now):
+            spent += 0.07
+            plan.counts(True, 0.0001, now, 0.07)
+        now = max(now + 0.001, plan.deadline(now))
+    assert 0.9 * 100.0 * OWN_SHARE <= spent <= MAX_OWN_CREDIT_S + 0.07 + 100.0 * OWN_SHARE
+
+
+def test_after_quiet_times_a_change_is_counted_at_once_however_long_that_takes() -> None:
+    plan, now = PollPlan(0.0), 0.0
+    for index in range(5):
+        plan.index(index, now)
+        assert plan.counts_due(now)
+        plan.counts(True, 0.02, now, 2.0)
+        now += 60.0
 
 
 def test_members_that_do_not_answer_put_off_no_count() -> None:

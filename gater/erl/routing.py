@@ -84,10 +84,10 @@ class Router:
             control.OP_ALIAS_SEND_TT: self._on_alias_send,
             control.OP_MONITOR_P: self._on_monitor,
             control.OP_DEMONITOR_P: self._on_demonitor,
+            control.OP_PAYLOAD_MONITOR_P_EXIT: self._on_payload_monitor_exit,
         }
         self._parsed: dict[type[ControlMessage], Callable[[Connection, Any, Term], None]] = {
             control.MonitorPExit: self._on_monitor_exit,
-            control.PayloadMonitorPExit: self._on_monitor_exit,
             control.Link: self._on_link,
             control.Unlink: self._on_unlink,
             control.UnlinkId: self._on_unlink_id,
@@ -191,12 +191,18 @@ class Router:
         if process is not None:
             process.monitored_by.pop(term[3], None)
 
-    def _on_monitor_exit(
-        self, connection: Connection, message: control.MonitorPExit | control.PayloadMonitorPExit, payload: Term
-    ) -> None:
+    def _on_monitor_exit(self, connection: Connection, message: control.MonitorPExit, _: Term) -> None:
         monitor = connection.monitors.pop(message.ref, None)
         if monitor is not None:
-            monitor.fire(_reason(message, payload))
+            monitor.fire(message.reason)
+
+    def _on_payload_monitor_exit(self, connection: Connection, term: tuple[Term, ...], payload: Payload) -> None:
+        if len(term) != 4 or type(term[3]) is not Reference:
+            control.parse(term)
+        monitor = connection.monitors.pop(term[3], None)
+        reason = payload.read(None if monitor is None else monitor.spine_levels)
+        if monitor is not None:
+            monitor.fire(reason)
 
     # Links
 

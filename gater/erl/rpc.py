@@ -42,7 +42,10 @@ def stack(error: BaseException, module: Term, function: Term, arguments: Term) -
 
 
 class PendingRpc:
-    """An `erpc:call` under way, without a coroutine: `on_done(result, error)` once, unless it is cancelled."""
+    """An `erpc:call` under way, without a coroutine: `on_done(result, error)` once, unless it is cancelled.
+
+    `spine_levels` says how deep a result is decoded (`etf.decode_spine`); None decodes all of it.
+    """
 
     __slots__ = ("_monitor", "_node", "_on_done", "_reference", "_timer")
 
@@ -53,6 +56,7 @@ class PendingRpc:
         mfa: tuple[Atom, Atom, list[Term]],
         on_done: Callable[[Term, ErlangException | None], None],
         timeout_s: float | None,
+        spine_levels: int | None = None,
     ) -> None:
         self._node = node
         self._on_done: Callable[[Term, ErlangException | None], None] | None = on_done
@@ -65,6 +69,9 @@ class PendingRpc:
             on_error=self._refused,
             on_down=self._down,
         )
+        if spine_levels is not None:
+            # It comes in {Ref, return, Result}.
+            self._monitor.spine_levels = spine_levels + 1
         if timeout_s is not None:
             self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out)
 
@@ -115,8 +122,9 @@ async def erpc_call(
     arguments: Iterable[Term] = (),
     *,
     timeout_s: float | None = None,
+    spine_levels: int | None = None,
 ) -> Term:
-    """`erpc:call(Node, Module, Function, Args, Timeout)`.
+    """`erpc:call(Node, Module, Function, Args, Timeout)`. `spine_levels` as for `PendingRpc`.
 
     Raises what OTP raises: `ErlangThrow(Term)`; `ErlangExit({exception, Reason})`, `ErlangExit({signal, Reason})`;
     `ErlangError({exception, Reason, Stack})`, `ErlangError({erpc, timeout | noconnection | ..})`. If too much waits for
@@ -142,7 +150,7 @@ async def erpc_call(
     except TimeoutError:
         raise ErlangError((ERPC, TIMEOUT)) from None
     left_s = None if timeout_s is None else max(0.0, timeout_s - (loop.time() - begun))
-    pending = PendingRpc(node, name, mfa, finish, left_s)
+    pending = PendingRpc(node, name, mfa, finish, left_s, spine_levels)
     try:
         return await future
     except asyncio.CancelledError:

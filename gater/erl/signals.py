@@ -49,7 +49,7 @@ log = structlog.get_logger(__name__)
 class Monitor:
     """One watch of ours on a process, local or remote. `on_down(monitor, reason)` is called at most once."""
 
-    __slots__ = ("connection", "fired", "object", "on_down", "owner", "process", "reference", "target")
+    __slots__ = ("connection", "fired", "object", "on_down", "owner", "process", "reference", "spine_levels", "target")
 
     def __init__(
         self, reference: Reference, owner: Pid, target: Term, on_down: Callable[[Monitor, Term], None]
@@ -63,6 +63,8 @@ class Monitor:
         self.on_down = on_down
         self.connection: Connection | None = None
         self.process: Process | None = None
+        self.spine_levels: int | None = None
+        """How deep the reason is decoded (`etf.decode_spine`), where the peer sends it behind the signal."""
         self.fired = False
 
     def fire(self, reason: Term) -> None:

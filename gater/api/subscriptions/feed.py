@@ -530,7 +530,7 @@ class Feed:
         counts = input.counts
         if input.token == self._counts_token:
             self._counts_token = 0
-            self._poll.counts(counts is not None, input.took_s, self._now)
+            self._poll.counts(counts is not None, input.took_s, self._now, input.own_s)
             if counts is not None:
                 self._count(self._counts_streams, counts)
         elif input.token == self._start_token:
@@ -538,7 +538,7 @@ class Feed:
             if counts is None:
                 self._start_at = self._now + START_AGAIN_S
             else:
-                self._poll.charge(input.took_s, self._now)
+                self._poll.charge(input.took_s, self._now, input.own_s)
                 self._start_at = self._now
                 self._count(self._start_streams, counts)
                 self._start_counted(counts)

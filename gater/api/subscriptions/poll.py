@@ -4,7 +4,8 @@ The safety net below all hints (protocols.md, section 6, "What changed?"): the R
 a millisecond whatever its size, so it is asked for often; only when it has moved are the event counts of the streams
 asked for, which cost milliseconds per thousand streams. What counting costs is paid from a credit that grows at
 `BUSY_SHARE` of the time: after quiet times counting follows a change at once, under steady load it is spread out.
-Gateways ask the same node, so each takes its part of that share.
+Gateways ask the same node, so each takes its part of that share. Reading the answer costs the gateway itself more than
+giving it costs the node: that is paid from a credit of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ BUSY_SHARE: Final = 0.018
 
 MAX_CREDIT_S: Final = 1.0
 """Credit that can be saved up: forty counts of 10,000 streams in a row, or three of 100,000."""
+
+OWN_SHARE: Final = 0.1
+"""How much of its own time a gateway may spend on reading counts."""
+
+MAX_OWN_CREDIT_S: Final = 0.5
+"""Credit of that kind that can be saved up: seven counts of 10,000 streams in a row."""
 
 BLIND_S: Final = 5.0
 """Between two counts while the index cannot be read."""
@@ -51,6 +58,8 @@ class PollPlan:
         self._next_index = now
         self._next_blind = now
         self._credit = MAX_CREDIT_S
+        self._own_credit = MAX_OWN_CREDIT_S
+        self._own_cost = 0.0
         self._credit_at = now
         self._asked_index: float | None = None
         self._asked_counts: float | None = None
@@ -93,19 +102,21 @@ class PollPlan:
         self._must = False
         return True
 
-    def counts(self, ok: bool, took_s: float, now: float) -> None:
+    def counts(self, ok: bool, took_s: float, now: float, own_s: float = 0.0) -> None:
         """The answer came, or it failed: a member that does not answer is not kept busy by that."""
         self._asked_counts = None
         if ok:
-            self.charge(took_s, now)
+            self.charge(took_s, now, own_s)
             self._counted_at = self._counting_at
         else:
             self._must = True
             self._retry_at = now + 1.0
 
-    def charge(self, took_s: float, now: float) -> None:
-        """Streams were counted, which took so long."""
+    def charge(self, took_s: float, now: float, own_s: float = 0.0) -> None:
+        """Streams were counted, which took the store so long, and reading the answer took `own_s`."""
         self._pay(now)
+        self._own_cost = min(own_s, MAX_OWN_CREDIT_S)
+        self._own_credit -= own_s
         self._costs.append(took_s)
         self._credit -= self._cost if len(self._costs) == COSTS_KEPT else min(took_s, UNKNOWN_COST_S)
 
@@ -132,8 +143,14 @@ class PollPlan:
     def _affordable_at(self, now: float) -> float:
         self._pay(now)
         missing = min(self._cost, MAX_CREDIT_S) - self._credit
-        return max(self._retry_at, now + missing * self.sharers / BUSY_SHARE if missing > 0 else now)
+        own_missing = self._own_cost - self._own_credit
+        return max(
+            self._retry_at,
+            now + missing * self.sharers / BUSY_SHARE if missing > 0 else now,
+            now + own_missing / OWN_SHARE if own_missing > 0 else now,
+        )
 
     def _pay(self, now: float) -> None:
+        self._own_credit = min(MAX_OWN_CREDIT_S, self._own_credit + (now - self._credit_at) * OWN_SHARE)
         self._credit = min(MAX_CREDIT_S, self._credit + (now - self._credit_at) * BUSY_SHARE / self.sharers)
         self._credit_at = now

@@ -307,7 +307,8 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The answer to a `ReadCounts`: events by stream (None: it failed), and how long the store took for it.
+    """The answer to a `ReadCounts`: events by stream (None: it failed), how long the store took for it, and how much of
+    this gateway's time it took.
 
     Streams without events may be left out.
     """
@@ -315,6 +316,7 @@ class Counts:
     token: int
     counts: Mapping[bytes, int] | None
     took_s: float
+    own_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,8 +271,10 @@ class StoreFeed:
     def _read_counts(self, effect: p.ReadCounts) -> None:
         async def read() -> None:
             counted = await self.reads.counts(effect.streams)
-            counts, took_s = (None, 0.0) if counted is None else counted
-            self.give(p.Counts(effect.token, counts, took_s))
+            if counted is None:
+                self.give(p.Counts(effect.token, None, 0.0))
+            else:
+                self.give(p.Counts(effect.token, counted.counts, counted.took_s, counted.own_s))
 
         self._spawn(read())
 
