@@ -644,11 +644,13 @@ class _AppendCall:
             self._appends.remember(self.key, done.version, self._node)
         self._service.done()
         try:
-            on_reply(done.reply)
             if done.reply[0] is schema.OK:
                 self._tell(done.reply[1])
         finally:
-            self._appends.finished(self)
+            try:
+                on_reply(done.reply)
+            finally:
+                self._appends.finished(self)
 
     def _tell(self, version: Term) -> None:
         events, records = self._request.term[-1], self._records

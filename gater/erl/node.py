@@ -412,6 +412,13 @@ class Node:
             self._turn_is_due = True
             self.loop.call_soon(self.turn)
 
+    def write_first(self, peer: Atom) -> None:
+        """What has been sent to `peer` in this turn is written before what has been sent to others."""
+        connection = self.peers.table.get(peer)
+        if connection in self._to_flush:
+            self._to_flush.remove(connection)
+            self._to_flush.insert(0, connection)
+
     def begin_turn(self) -> None:
         """The caller will call `turn` before it returns to the loop."""
         self._turn_is_due = True

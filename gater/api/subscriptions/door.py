@@ -175,7 +175,6 @@ class Subscriptions:
         self._unsubscribe: list[Callable[[], None]] = []
         self._stopping = False
         self._end_watch: Callable[[], None] = lambda: None
-        self._told: dict[tuple[Atom, bytes], tuple[int, Atom]] = {}
         self._moving: Counter[tuple[Atom, bytes]] = Counter()
         """Subscriptions that are changing hands, and how many are at it."""
 
@@ -225,26 +224,19 @@ class Subscriptions:
     def appended(
         self, store: Atom, stream: bytes, version: int, node: Atom, stored: Sequence[tuple[Term, bytes]] = ()
     ) -> None:
-        """An append on `node` that went through this gateway: a hint for us and, once a turn of the loop, for the
-        others."""
-        self._hint(store, stream, version, stored)
-        if self._pubsub is not None:
-            if not self._told:
-                # Not when there is time: whoever asks another gateway next reads what was written here.
-                asyncio.get_running_loop().call_soon(self._tell_others)
-            self._told[store, stream] = version, node
-
-    def _tell_others(self) -> None:
-        told, self._told = self._told, {}
+        """An append on `node` that went through this gateway: a hint for us and for the others, who are told before its
+        caller is answered: whoever asks them then reads what was written here."""
         if self._pubsub is not None:
             server = self._pubsub[self._events_server]
-            gateways = self._other_gateways()
-            for (store, stream), (version, node) in told.items():
-                for gateway in gateways:
-                    server.direct_broadcast(gateway, APPENDED_TOPIC, appended_message(store, stream, version, node))
+            for node_told in [peer.node for peer in server.peers]:
+                # Store nodes are members of the server too and have no use for this.
+                if self._service.guarded_forms.get(node_told) is None:
+                    server.direct_broadcast(node_told, APPENDED_TOPIC, appended_message(store, stream, version, node))
+                    self._service.node.write_first(node_told)
+        self._hint(store, stream, version, stored)
 
     def _other_gateways(self) -> set[Atom]:
-        """The nodes with an API server: store nodes are members of the server too and have no use for this."""
+        """The nodes with an API server."""
         if self._swarm is None:
             return set()
         found = {entry.pid.node for entry in self._swarm.registry.starting_with(GATER_API)}
