@@ -31,6 +31,10 @@ MISSED_S: Final = 300.0
 LOOK_AGAIN_S: Final = 1.0
 """Between two attempts to reach that node."""
 
+ARRIVE_S: Final = 0.1
+"""How long what was sent with `auto_ack` has to arrive before it is saved as done: when a gateway is killed, what its
+peers have not read yet is lost."""
+
 MIN_TICK_S: Final = 0.001
 """A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
 
@@ -320,8 +324,12 @@ class StoreFeed:
     def _save(self, effect: p.SaveCheckpoint) -> None:
         # It is the last one where the subscription is being given away, and forgotten before it is written.
         saved = self.saved.get(effect.key)
+        spec = self._specs.get(effect.key)
+        arrive_s = ARRIVE_S if spec is not None and spec.options.auto_ack else 0.0
 
         async def save() -> None:
+            if arrive_s:
+                await asyncio.sleep(arrive_s)
             ok = saved is not None and await saved.save(effect.positions)
             self.give(p.Saved(effect.key, effect.token, ok))
 
