@@ -325,11 +325,15 @@ class StoreFeed:
         # It is the last one where the subscription is being given away, and forgotten before it is written.
         saved = self.saved.get(effect.key)
         spec = self._specs.get(effect.key)
-        arrive_s = ARRIVE_S if spec is not None and spec.options.auto_ack else 0.0
+        is_last = effect.key not in self._feed
+        arrive_s = ARRIVE_S if spec is not None and spec.options.auto_ack and not is_last else 0.0
 
         async def save() -> None:
             if arrive_s:
                 await asyncio.sleep(arrive_s)
+                if self.saved.get(effect.key) is not saved:
+                    # It has been removed or given away meanwhile.
+                    return
             ok = saved is not None and await saved.save(effect.positions)
             self.give(p.Saved(effect.key, effect.token, ok))
 
