@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gater.api.subscriptions.counts import CHILD_LIST_LENGTH, read_counts
+from gater.api.guarded import CHILD_LIST_LENGTH, STREAMS
+from gater.api.subscriptions.counts import read_counts
 from gater.erl.errors import DecodeError
 from gater.erl.etf import encode_term
 from gater.erl.terms import Atom, EncodedTerm, Term, TermMap
 
-STREAMS = Atom("streams")
 counts = st.dictionaries(st.binary(max_size=20), st.integers(0, 2**31 - 1) | st.integers(0, 300), max_size=20)
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_kit import STORE, Ask, caller_node, connected, function_door, gateway, open_cluster, tell_server
+from gateway_kit import (
+    STORE,
+    Ask,
+    Cluster,
+    caller_node,
+    connected,
+    function_door,
+    gateway,
+    open_cluster,
+    tell_server,
+)
 from node_kit import COOKIE, wait_until
 from structlog.testing import capture_logs
 
@@ -194,6 +204,25 @@ async def test_what_was_acknowledged_with_the_last_breath_does_not_come_again(ho
     assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
     await second.has(1)
     assert second.seen == [(b"s", 2)]
+
+
+async def test_what_waits_to_be_saved_is_not_saved_once_the_subscription_is_removed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.shell.ARRIVE_S", 0.5)
+    await house.append(b"s", "a", "b")
+    first = subscriber(house.caller)
+    assert (await house.subscribe(first, BY_STREAM, b"$s", b"p", auto_ack=True))[0] is OK
+    await first.has(2)
+    feed = house.system.subscriptions.feed(STORE)
+    await wait_until(lambda: any("_save." in str(task.get_coro()) for task in feed._tasks), "a checkpoint that waits")
+    assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$s", b"p") is OK
+    await wait_until(lambda: b"p" not in feed, "the subscription to be gone")
+    await feed.settled()
+    second = subscriber(house.caller)
+    assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
+    await second.has(2)
+    assert second.seen == [(b"s", 0), (b"s", 1)]
 
 
 async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(tmp_path: Path) -> None:
@@ -732,20 +761,29 @@ async def test_without_auto_ack_a_callback_acknowledges_itself(house: House) -> 
 # Two gateways
 
 
-@pytest.mark.parametrize("orderly", [True, False])
-async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, orderly: bool) -> None:
+@asynccontextmanager
+async def two_houses(directory: Path) -> AsyncIterator[tuple[Cluster, House, House]]:
+    """The store nodes, and two gateways that know each other: the first is going to end."""
     async with (
-        open_cluster(tmp_path, khepri=True) as cluster,
+        open_cluster(directory, khepri=True) as cluster,
         gateway(cluster) as stays,
         caller_node(cluster.epmd_port) as caller,
         gateway(cluster, connect=(*cluster.names, stays.settings.name)) as goes,
     ):
         await connected(stays, cluster)
         await connected(goes, cluster)
-        house = House(goes, caller, function_door(caller, goes))
-        other = House(stays, caller, function_door(caller, stays))
         await wait_until(lambda: goes.node.name in stays.swarm.members_of_cluster, "gateways to meet")
-        me = subscriber(caller)
+        yield (
+            cluster,
+            House(goes, caller, function_door(caller, goes)),
+            House(stays, caller, function_door(caller, stays)),
+        )
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, orderly: bool) -> None:
+    async with two_houses(tmp_path) as (_, house, other):
+        me = subscriber(house.caller)
         assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
         await house.append(b"s", "a", "b")
         await me.has(2)
@@ -754,38 +792,28 @@ async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, o
 
         async def saved() -> bool:
             _, status = await other.ask("subscription_status", STORE, b"p")
-            return status[Atom("node")] is goes.node.name and status[Atom("unsaved_streams")] == 0
+            return status[Atom("node")] is house.system.node.name and status[Atom("unsaved_streams")] == 0
 
         await wait_until(saved, "the checkpoint")
         if not orderly:
-            await goes.node.stop()
+            await house.system.node.stop()
         else:
-            await goes.subscriptions.stop()
+            await house.system.subscriptions.stop()
         await other.append(b"s", "c")
         await me.has(3)
         assert me.seen == [(b"s", 0), (b"s", 1), (b"s", 2)]
 
 
 async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_store(tmp_path: Path) -> None:
-    async with (
-        open_cluster(tmp_path, khepri=True) as cluster,
-        gateway(cluster) as stays,
-        caller_node(cluster.epmd_port) as caller,
-        gateway(cluster, connect=(*cluster.names, stays.settings.name)) as goes,
-    ):
-        await connected(stays, cluster)
-        await connected(goes, cluster)
-        house = House(goes, caller, function_door(caller, goes))
-        other = House(stays, caller, function_door(caller, stays))
-        await wait_until(lambda: goes.node.name in stays.swarm.members_of_cluster, "gateways to meet")
-        me = subscriber(caller)
+    async with two_houses(tmp_path) as (cluster, house, other):
+        me = subscriber(house.caller)
         assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
         await house.append(b"s", "a")
         await me.has(1)
         # The store cannot say where the subscription stands.
         cluster.fence_answer = schema.error(Atom("timeout"))
-        await goes.node.stop()
-        await wait_until(lambda: stays.subscriptions._moving, "the subscription to change hands")
+        await house.system.node.stop()
+        await wait_until(lambda: other.system.subscriptions._moving, "the subscription to change hands")
         assert await other.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
         assert await other.ask("ack_event", STORE, b"transient", me.pid, me.events[0]) is OK
         # This one is for the store to deal with; it would have had the others before.
@@ -795,4 +823,4 @@ async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_stor
         cluster.fence_answer = schema.OK
         await me.has(2)
         assert me.seen == [(b"s", 0), (b"s", 0)]
-        await wait_until(lambda: not stays.subscriptions._moving, "the subscription to have come")
+        await wait_until(lambda: not other.system.subscriptions._moving, "the subscription to have come")

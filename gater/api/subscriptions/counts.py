@@ -14,9 +14,8 @@ from typing import Final
 
 from gater.api import schema
 from gater.api.decoding import decoded
-from gater.erl.terms import Atom, EncodedTerm, Term
-
-CHILD_LIST_LENGTH: Final = Atom("child_list_length")
+from gater.api.guarded import CHILD_LIST_LENGTH
+from gater.erl.terms import EncodedTerm, Term
 
 _U32: Final[Callable[[bytes, int], tuple[int]]] = struct.Struct(">I").unpack_from
 _I32: Final[Callable[[bytes, int], tuple[int]]] = struct.Struct(">i").unpack_from

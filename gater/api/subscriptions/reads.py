@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 
 from gater.api import schema
 from gater.api.decoding import Decoder
+from gater.api.guarded import CHILD_LIST_LENGTH, STREAMS
 from gater.api.service import Service
-from gater.api.subscriptions.counts import CHILD_LIST_LENGTH, read_counts
+from gater.api.subscriptions.counts import read_counts
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.erl.errors import ErlangException, ErlError
 from gater.erl.gen_server import call
@@ -43,7 +44,6 @@ MAX_VERSIONS_AT_ONCE: Final = 32
 AT_ONCE_BYTES: Final = 128 * 1024
 """Counts of some 4,000 streams are read at once, in 5 ms; more of them in a thread."""
 
-STREAMS: Final = Atom("streams")
 _ANY_NODE: Final = (Atom("if_node_exists"), True)
 _IF_ANY: Final = Atom("if_any")
 _PROPS: Final = {Atom("props_to_return"): [CHILD_LIST_LENGTH]}
