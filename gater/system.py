@@ -159,7 +159,7 @@ class System:
         if isinstance(change, StoreChanged):
             status = self.monitor.store(change.store)
             assert status is not None
-            self.service.outsiders(change.store, status.outsiders)
+            self.service.members(change.store, set(status.members).difference(status.outsiders))
         elif "suspect" in (change.before, change.after):
             self.service.suspect(change.node, change.after == "suspect")
 

@@ -277,15 +277,53 @@ def test_a_node_that_is_no_member_of_the_store_is_not_asked_about_it() -> None:
     other = Atom("other_store")
     router = router_of(*(entry(node, 1) for node in range(3)), entry(0, 2, other))
     owner, second, third = router.owners(STORE, b"stream")
-    router.outsiders(STORE, (owner,))
+    router.members(STORE, (second, third))
     assert router.owners(STORE, b"stream") == [second, third]
     assert set(router.nodes(STORE)) == {second, third}
     assert router.owner(STORE, b"stream", NOW, avoid=(second, third)) is None
     assert router.choose(other, b"stream", NOW) is not None
-    router.outsiders(STORE, (owner, second, third))
+    router.members(STORE, (NODES[3],))
     assert router.choose(STORE, b"stream", NOW) is None, "no answer is better than one of the past"
-    router.outsiders(STORE, ())
-    assert router.owner(STORE, b"stream", NOW) is owner
+    router.members(STORE, ())
+    assert router.owner(STORE, b"stream", NOW) is owner, "who the members are is not known"
+
+
+def test_gateways_that_see_different_workers_agree_on_every_owner_both_see() -> None:
+    members = NODES[:3]
+    # One has found the workers of a node that is no member yet, the other those of a member only the other misses.
+    one = router_of(entry(0, 1), entry(1, 1), entry(3, 1))
+    two = router_of(entry(0, 1), entry(2, 1))
+    everything = router_of(*(entry(node, 1) for node in range(4)))
+    for router in (one, two, everything):
+        router.members(STORE, members)
+    agreed = 0
+    for number in range(300):
+        stream = b"stream-%d" % number
+        ranked = everything.owners(STORE, stream)
+        assert set(ranked) == set(members)
+        # Who has no worker is passed over, and the others keep their order.
+        assert one.owners(STORE, stream) == [node for node in ranked if node is not NODES[2]]
+        assert two.owners(STORE, stream) == [node for node in ranked if node is not NODES[1]]
+        if ranked[0] is NODES[0]:
+            agreed += 1
+            assert one.owner(STORE, stream, NOW) is two.owner(STORE, stream, NOW) is NODES[0]
+    assert agreed > 50
+
+
+def test_the_order_of_nodes_is_found_anew_when_workers_or_members_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "MAX_RANKED", 10)
+    router = router_of(entry(0, 1), entry(1, 1))
+    for number in range(50):
+        assert set(router.owners(STORE, b"%d" % number)) == set(NODES[:2])
+        router.owners(Atom(f"unknown{number}"), b"s")
+        router.choose(Atom(f"unknown{number}"), None, NOW)
+    assert (len(router._ranked), len(router._serving)) == (10, 1)
+    router.registered(NODES[1], [entry(2, 1)])
+    assert set(router.owners(STORE, b"49")) == set(NODES[:3])
+    router.node_down(NODES[0])
+    assert set(router.owners(STORE, b"49")) == {NODES[2]}
+    router.members(STORE, NODES[:2])
+    assert router.owners(STORE, b"49") == []
 
 
 def test_when_every_node_is_left_out_one_is_asked_all_the_same() -> None:

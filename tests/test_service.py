@@ -131,6 +131,17 @@ async def test_a_node_that_is_no_member_of_the_store_gets_no_requests(tmp_path: 
         assert outsider.name not in {worker.node.name for worker in house.cluster.asked("get_version")}
 
 
+async def test_a_node_that_says_nothing_about_the_members_is_not_taken_for_one(tmp_path: Path) -> None:
+    async with open_house(tmp_path, 3, workers=1) as house:
+        first, second, _ = (each.node for each in house.cluster.nodes)
+        members: list[Term] = [(STORE, first.name), (STORE, second.name)]
+        for node in (first, second):
+            node.exports.add("khepri_cluster", "members", lambda store, options: (OK, members))
+            house.system.monitor.holds(node.name, [STORE])
+        router = house.system.service.router
+        await wait_until(lambda: set(router.nodes(STORE)) == {first.name, second.name}, "the members alone")
+
+
 async def test_a_read_is_given_up_when_every_worker_dies_of_it(house: House) -> None:
     house.cluster.always(crash_before, "get_streams")
     assert kind_of(await house.ask("get_streams", STORE)) in ("worker_died", "no_worker_available")

@@ -5,11 +5,12 @@ is, and asks for a worker. A gateway worker has the Swarm name `{:gateway_worker
 0.11, `gateway_worker.ex`). Every store node lists the workers of the whole cluster, and its list may lag; so a worker
 counts as long as any node that was asked still lists it and it has not been seen to die.
 
-Choice. Requests about a stream go to the stream's *owner*: of the nodes with workers of the store, the one whose hash
-with the stream is highest (rendezvous hashing), so that all gateways agree without talking, a reader sees what was
-written through any of them, and a node that comes or goes moves only its own streams. If the owner is out of order,
-the next in that order takes its place. Other requests go to the less loaded of two random workers, which is nearly as
-good as the least loaded of all and cannot make all gateways choose the same one.
+Choice. Requests about a stream go to the stream's *owner*: of the store's members, the one whose hash with the stream
+is highest (rendezvous hashing), so that all gateways agree without talking, a reader sees what was written through any
+of them, and a node that comes or goes moves only its own streams. If the owner has no worker or is out of order, the
+next in that order takes its place. Where nobody says who the members are (no Khepri) all nodes with workers count as
+such. Other requests go to the less loaded of two random workers of these nodes, which is nearly as good as the least
+loaded of all and cannot make all gateways choose the same one.
 
 A node whose requests fail `MAX_FAILURES` times in a row is left out (*open*), after a while one request is let through
 (*half-open*), and its outcome decides (a circuit breaker); the same goes for a worker beside others of its node. A node
@@ -18,7 +19,7 @@ that is *suspect* is left out until it is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -37,6 +38,9 @@ OPEN_S: Final = 1.0
 """How long a node is left out the first time; doubled with every probe that fails, ..."""
 MAX_OPEN_S: Final = 15.0
 """... up to this."""
+
+MAX_RANKED: Final = 10_000
+"""Streams whose order of nodes is kept: at some 250 bytes each, 2.5 MB."""
 
 ANY_STORE: Final = None
 """The store of a worker that serves every store: the API server of another gateway."""
@@ -130,7 +134,11 @@ class Router:
         self._workers: dict[Term, Worker] = {}
         self._stores: dict[Atom | None, dict[Atom, list[Worker]]] = {}
         self._breakers: dict[Atom, Breaker] = {}
-        self._outsiders: dict[Atom, frozenset[Atom]] = {}
+        self._members: dict[Atom, frozenset[Atom]] = {}
+        self._serving: dict[Atom, dict[Atom, list[Worker]]] = {}
+        """By store: the nodes that may be asked about it, as `_nodes_serving` finds them."""
+        self._ranked: dict[tuple[Atom, bytes], list[Atom]] = {}
+        """By stream: these nodes, the owner first."""
         self._suspect: set[Atom] = set()
         self._slow: dict[Worker, Breaker] = {}
         """Workers whose latest requests were not answered in time."""
@@ -163,18 +171,30 @@ class Router:
 
     def nodes(self, store: Atom) -> list[Atom]:
         """The nodes that have a worker of `store` and may be asked about it."""
-        return list(self._serving(store))
+        return list(self._nodes_serving(store))
 
-    def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
-        """These nodes hold a copy of `store` that no writes reach: whoever reads there reads the past."""
-        self._outsiders[store] = frozenset(nodes)
+    def members(self, store: Atom, nodes: Collection[Atom]) -> None:
+        """These are the members of `store`; none: nobody has said yet. A node that is none may hold a copy which no
+        writes reach: whoever reads there reads the past."""
+        self._members[store] = frozenset(nodes)
+        self._nodes_changed(store)
 
-    def _serving(self, store: Atom) -> dict[Atom, list[Worker]]:
-        nodes = self._stores.get(store, {})
-        outsiders = self._outsiders.get(store)
-        if not outsiders or outsiders.isdisjoint(nodes):
-            return nodes
-        return {node: workers for node, workers in nodes.items() if node not in outsiders}
+    def _nodes_serving(self, store: Atom) -> dict[Atom, list[Worker]]:
+        serving = self._serving.get(store)
+        if serving is None:
+            nodes = self._stores.get(store)
+            if nodes is None:
+                return {}
+            members = self._members.get(store)
+            serving = {node: workers for node, workers in nodes.items() if not members or node in members}
+            self._serving[store] = serving
+        return serving
+
+    def _nodes_changed(self, store: Atom | None) -> None:
+        """The members of `store` or the nodes with workers of it are others now."""
+        if store is not None:
+            self._serving.pop(store, None)
+            self._ranked.clear()
 
     def worker_on(self, store: Atom, node: Atom) -> Worker | None:
         """A worker of `store` on this node."""
@@ -224,6 +244,7 @@ class Router:
         nodes[worker.node].remove(worker)
         if not nodes[worker.node]:
             del nodes[worker.node]
+            self._nodes_changed(worker.store)
 
     def node_down(self, node: Atom) -> list[Worker]:
         """A node is gone, with its workers and with what it listed; the workers that go with it."""
@@ -271,20 +292,29 @@ class Router:
         if self.has(worker):
             self._slow.setdefault(worker, Breaker()).failed(now)
 
-    def owners(self, store: Atom, stream: bytes) -> list[Atom]:
-        """The nodes with workers of `store`, the owner of `stream` first, then who takes its place."""
-        return sorted(self._serving(store), key=lambda node: owner_rank(store, stream, node), reverse=True)
+    def owners(self, store: Atom, stream: bytes) -> Sequence[Atom]:
+        """The members of `store` that have workers, the owner of `stream` first, then who takes its place."""
+        owners = self._ranked.get((store, stream))
+        if owners is None:
+            nodes = self._nodes_serving(store)
+            owners = sorted(nodes, key=lambda node: owner_rank(store, stream, node), reverse=True)
+            if len(self._ranked) >= MAX_RANKED:
+                self._ranked.clear()
+            self._ranked[store, stream] = owners
+        return owners
 
     def owner(self, store: Atom, stream: bytes, now: float, avoid: Collection[Atom] = ()) -> Atom | None:
         """The node that answers for a stream now: its owner, or the first in order that is neither open nor avoided.
 
         If all of them are, the first that is not avoided; None if there is none.
         """
-        owners = [node for node in self.owners(store, stream) if node not in avoid]
-        for node in owners:
-            if self.allows(node, now):
-                return node
-        return owners[0] if owners else None
+        first = None
+        for node in self.owners(store, stream):
+            if node not in avoid:
+                if self.allows(node, now):
+                    return node
+                first = first or node
+        return first
 
     def choose(
         self, store: Atom | None, stream: bytes | None, now: float, avoid: Collection[Atom] = ()
@@ -292,7 +322,7 @@ class Router:
         """A worker for a request about `stream` of `store`, of `store` (stream None), or of any store (both None)."""
         if store is None:
             return self._less_loaded(self._allowed(list(self._workers.values()), now, avoid))
-        nodes = self._serving(store)
+        nodes = self._nodes_serving(store)
         if not nodes:
             nodes = self._stores.get(ANY_STORE, {})
             if not nodes:
@@ -329,4 +359,8 @@ class Router:
 
     def _insert(self, worker: Worker) -> None:
         self._workers[worker.address] = worker
-        self._stores.setdefault(worker.store, {}).setdefault(worker.node, []).append(worker)
+        nodes = self._stores.setdefault(worker.store, {})
+        if worker.node not in nodes:
+            nodes[worker.node] = []
+            self._nodes_changed(worker.store)
+        nodes[worker.node].append(worker)

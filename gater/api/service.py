@@ -354,10 +354,11 @@ class Service:
             self.fences.may_lag(node)
             self._appends.left_out(node)
 
-    def outsiders(self, store: Atom, nodes: Collection[Atom]) -> None:
-        """These nodes hold `store` but are no members of it, and no others."""
-        self.router.outsiders(store, nodes)
-        for node in nodes:
+    def members(self, store: Atom, nodes: Collection[Atom]) -> None:
+        """These are the members of `store`, as far as anybody has said."""
+        served = self.router.nodes(store)
+        self.router.members(store, nodes)
+        for node in set(served).difference(self.router.nodes(store)):
             self._appends.left_out(node)
 
     # Workers
