@@ -85,9 +85,9 @@ class System:
         )
         self.swarm = Swarm(self.node, TrackerOptions(sync_nodes_timeout_s=SYNC_NODES_TIMEOUT_S))
         self.workers = Workers(self.service, self.swarm, settings.pool_size)
-        self.discovery = Discovery(self.service, swarm=self.swarm)
-        self.discovery.on_change = self.workers.update
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
+        self.discovery = Discovery(self.service, self.connector, swarm=self.swarm)
+        self.discovery.on_change = self.workers.update
         self.strategies = _strategies(settings)
         self.pubsub = PubSub(self.node, secret_key_base=settings.secret_key_base, events_server=settings.pub_sub)
         self.subscriptions = Subscriptions(self.service, self.swarm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from node_kit import COOKIE, unique_name, wait_until
 
 from gater import Gateway
 from gater.api import schema
+from gater.cluster.connector import Connector
 from gater.erl import make_node
 from gater.erl.errors import ErlangError
 from gater.erl.terms import Atom, Pid, Term
@@ -158,6 +160,42 @@ async def test_workers_that_only_one_node_knows_of_are_used(cluster: Cluster) ->
         assert {str(peer) for peer in system.node.nodes()} >= {cluster.names[1]}
 
 
+def by_registry(connector: Connector) -> dict[str, int]:
+    """The nodes that registries have named, and how many attempts at each have failed."""
+    return {each.peer: each.attempts for each in connector.status() if each.sources == ("registry",)}
+
+
+async def test_nodes_that_registries_name_are_tried_as_the_plan_says(cluster: Cluster) -> None:
+    away = unique_name("store")
+    worker = cluster.workers[0].pid
+    cluster.registry = lambda: [
+        *cluster.entries(),
+        ((Atom("gateway_worker"), STORE, Atom(away), 1), Pid(Atom(away), worker.id, worker.serial, 1)),
+    ]
+    async with gateway(cluster) as system:
+        await connected(system, cluster)
+        await wait_until(lambda: by_registry(system.connector).get(away, 0) > 1, "attempts with growing pauses")
+        # It is not left alone for half a minute.
+        again = StoreNode(cluster, away)
+        await again.node.start()
+        again.start_worker()
+        cluster.nodes.append(again)
+        cluster.registry = None
+        await connected(system, cluster)
+
+
+async def test_no_more_nodes_are_taken_of_a_registry_than_the_limit_allows(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.discovery.MAX_NAMED", 1)
+    away = [Atom(unique_name("store")) for _ in range(50)]
+    named = [((Atom("gateway_worker"), STORE, node, 1), Pid(node, 1, 0, 1)) for node in away]
+    cluster.registry = lambda: [*cluster.entries(), *named]
+    async with gateway(cluster) as system:
+        await connected(system, cluster)
+        assert 1 <= len(by_registry(system.connector)) < 10, "one of each answer"
+
+
 async def test_a_node_that_runs_nothing_of_interest_is_not_asked_for_workers(cluster: Cluster) -> None:
     plain = make_node(unique_name("plain"), cookie=COOKIE, options=cluster.options)
     asked: list[bool] = []
@@ -209,3 +247,23 @@ async def test_a_client_of_store_nodes_and_gateways_asks_the_store_nodes(cluster
             # The gateway refuses everything now.
             for _ in range(20):
                 await client.get_streams(NAME)
+
+
+async def test_a_client_comes_back_to_its_gateway(cluster: Cluster) -> None:
+    async with AsyncExitStack() as first_life:
+        system = await first_life.enter_async_context(gateway(cluster))
+        await connected(system, cluster)
+        name = system.settings.name
+        async with Gateway.connect(name, cookie=COOKIE, options=cluster.options) as client:
+            assert await client.get_streams(NAME) == []
+            await first_life.aclose()
+            await wait_until(lambda: not client.node.nodes(), "the gateway to be gone")
+            async with gateway(cluster, name=name) as again:
+                await connected(again, cluster)
+                await wait_until(client.node.nodes, "the connection")
+                assert await client.get_streams(NAME) == []
+
+
+async def test_a_client_finds_store_nodes_that_it_was_not_told_of(cluster: Cluster) -> None:
+    async with Gateway.connect(cluster.names[0], cookie=COOKIE, options=cluster.options) as client:
+        await wait_until(lambda: len(client.node.nodes()) == 2, "the node that the registry names")

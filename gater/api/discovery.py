@@ -6,7 +6,8 @@ or go. Until a store node has told us its registry (`Swarm.is_synced`), and in a
 for `Swarm.registered/0`, which lists the workers of the whole cluster.
 
 Gateways register workers of the same kind for others to use. A gateway never forwards to a gateway: only workers on
-store nodes count. A worker on a node that is not connected counts once the node is connected and has said what it is.
+store nodes count. A worker on a node that is not connected counts once the node is connected and has said what it is:
+such nodes are named to the connector (source `registry`), which tries them as it tries all others.
 A client (`Gateway`) also takes nodes that run `gater`: it uses their API server, so that Python programs need one
 gateway only.
 
@@ -17,6 +18,7 @@ worker.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -26,7 +28,8 @@ from gater.api import guarded
 from gater.api.router import GATEWAY_WORKER, Registered, parse_registry
 from gater.api.server import API_MODULE
 from gater.api.service import Service
-from gater.erl.errors import ErlangException, ErlError
+from gater.cluster.connector import Connector
+from gater.erl.errors import ErlangException
 from gater.erl.process import NOCONNECTION, NOPROC
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom, Term
@@ -46,12 +49,8 @@ REFRESH_WAIT_S: Final = 3.0
 MAX_WAITING: Final = 10_000
 """Requests that wait for that; further ones go by what is known already."""
 
-MAX_NODES_TRIED: Final = 64
-"""Nodes that registries name, that are not connected and could not be connected with lately; further ones are not
-tried. A cluster has tens of nodes."""
-
-TRY_AGAIN_S: Final = 30.0
-"""How long a node that could not be connected with is left alone."""
+MAX_NAMED: Final = 64
+"""Nodes not connected that are taken of one registry, by chance if it names more. A cluster has tens of nodes."""
 
 SCAN_SHARE: Final = 0.1
 """Of the time, how much may go into reading our own registry while it keeps changing."""
@@ -65,12 +64,15 @@ log = structlog.get_logger(__name__)
 class Discovery:
     """Keeps a service's router informed.
 
-    `swarm`: our membership in the cluster, if we are a member. `through_gateways`: use the API servers of nodes that
-    run gater, as a client does.
+    `connector`: who connects to the nodes that registries name. `swarm`: our membership in the cluster, if we are a
+    member. `through_gateways`: use the API servers of nodes that run gater, as a client does.
     """
 
-    def __init__(self, service: Service, *, swarm: Swarm | None = None, through_gateways: bool = False) -> None:
+    def __init__(
+        self, service: Service, connector: Connector, *, swarm: Swarm | None = None, through_gateways: bool = False
+    ) -> None:
         self._service = service
+        self._connector = connector
         self._node = service.node
         self._swarm = swarm
         self._through_gateways = through_gateways
@@ -80,7 +82,6 @@ class Discovery:
         self._told: dict[Atom, list[Registered]] = {}
         """What store nodes have answered that count as sources."""
         self._asked_at: dict[Atom, float] = {}
-        self._unreachable: dict[Atom, float] = {}
         self._asking: dict[Atom, asyncio.Task[None]] = {}
         self._waiting: list[Callable[[], object]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -143,7 +144,6 @@ class Discovery:
 
     def _node_changed(self, peer: Atom, is_up: bool, reason: str) -> None:
         if is_up:
-            self._unreachable.pop(peer, None)
             self._ask(peer)
             return
         self._store_nodes.discard(peer)
@@ -222,29 +222,15 @@ class Discovery:
         entries = parse_registry(await self._call(peer, "Elixir.Swarm", "registered"))
         self._told[peer] = entries
         self._take(peer, entries)
-        await self._connect_to({entry.pid.node for entry in entries})
+        await self._have_connected({entry.pid.node for entry in entries})
 
-    async def _connect_to(self, nodes: set[Atom]) -> None:
+    async def _have_connected(self, nodes: set[Atom]) -> None:
         """Registries name workers on nodes that are not connected: once they are they say themselves what they are."""
-        now = asyncio.get_running_loop().time()
-        for node in [node for node, until in self._unreachable.items() if until <= now]:
-            del self._unreachable[node]
-        known = {self._node.name, *self._node.nodes(), *self._unreachable}
-        missing = sorted(nodes - known, key=str)[: max(0, MAX_NODES_TRIED - len(self._unreachable))]
-        if not missing:
-            return
-        # An attempt that takes longer goes on; who waits for this answer does not.
-        attempts = [asyncio.ensure_future(self._connect(node, now)) for node in missing]
-        await asyncio.wait(attempts, timeout=ASK_TIMEOUT_S)
-
-    async def _connect(self, node: Atom, now: float) -> None:
-        self._unreachable[node] = now + TRY_AGAIN_S
-        try:
-            await self._node.connect(node)
-        except ErlError as error:
-            log.info("worker_unreachable", peer=str(node), reason=str(error))
-        else:
-            self._unreachable.pop(node, None)
+        missing = [node.name for node in nodes.difference(self._node.nodes(), (self._node.name,))]
+        named = random.sample(missing, min(MAX_NAMED, len(missing)))
+        for node in named:
+            self._connector.want(node, "registry", forever=False)
+        await self._connector.tried(named, ASK_TIMEOUT_S)
 
     def _take_again(self) -> None:
         """A node has turned out to be a store node: its workers count from now on, whoever has told us of them."""

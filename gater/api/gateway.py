@@ -32,6 +32,7 @@ from gater.api.schema import (
 )
 from gater.api.service import Service
 from gater.api.subscriptions.client import EventSubscription, gateway_call, gateway_tell
+from gater.cluster.connector import Connector
 from gater.erl import NodeOptions, make_node
 from gater.erl.errors import ErlError, NotConnected
 from gater.erl.node import Node
@@ -46,6 +47,9 @@ PAGE_EVENTS: Final = 500
 
 CONNECT_TIMEOUT_S: Final = 10.0
 """How long `Gateway.connect` tries to reach a node before it gives up."""
+
+RETRY_INTERVAL_S: Final = 5.0
+"""The longest wait between attempts at a node that was named and is not connected, as a gateway's own default."""
 
 _DIRECTIONS: Final = {"forward": schema.FORWARD, "backward": schema.BACKWARD}
 
@@ -73,6 +77,7 @@ class Gateway:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> AsyncIterator[Gateway]:
         """Start a client node, connect it to `nodes` (store nodes or gateways; one that answers is enough) and use it.
+        The others, and those that are lost, are tried again and again, with growing pauses.
 
         `cookie` is the cluster's, by default that of the environment (`EX_ESDB_COOKIE`, `RELEASE_COOKIE`) or of
         `~/.erlang.cookie`; so is EPMD's port (`ERL_EPMD_PORT`). `name` is the client node's own name, by default a
@@ -87,20 +92,25 @@ class Gateway:
             cookie = settings.require_cookie() if cookie is None else cookie
             options = NodeOptions(epmd_port=settings.epmd_port) if options is None else options
         node = make_node(name or _client_name(), cookie=cookie, options=options)
+        connector = Connector(node, retry_interval_s=RETRY_INTERVAL_S)
         discovery: Discovery | None = None
         try:
             async with asyncio.timeout(connect_timeout_s):
                 await node.start()
                 await _connect_to_any(node, nodes)
             service = Service(node)
-            discovery = Discovery(service, through_gateways=True)
+            discovery = Discovery(service, connector, through_gateways=True)
             discovery.start()
+            connector.start()
+            for peer in nodes:
+                connector.want(peer, "static", forever=True)
             yield Gateway(service, timeout_s=timeout_s)
         except TimeoutError as error:
             if discovery is not None:
                 raise
             raise NotConnected(f"no node answered within {connect_timeout_s:g} s") from error
         finally:
+            connector.stop()
             if discovery is not None:
                 discovery.stop()
             await node.stop()

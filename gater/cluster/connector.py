@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal, Protocol, TypeAlias
@@ -272,7 +272,7 @@ class Connector:
         self._log = log.bind(node=str(node.name))
         self._plan = ReconnectPlan(str(node.name), retry_interval_s=retry_interval_s, random=random or Random())
         self._running = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stop_watching: Callable[[], None] | None = None
         self._logged: dict[str, str] = {}
@@ -281,8 +281,8 @@ class Connector:
         """Names that were not taken, by why: `invalid` or `full` (`MAX_FOUND`)."""
 
     def want(self, peer: str, source: str, *, forever: bool) -> bool:
-        """`source` (`static`, `gossip`, `dns`, `introduction`) names a node that is to be connected; call it each time
-        it is heard.
+        """`source` (`static`, `gossip`, `dns`, `introduction`, `registry`, `members`) names a node that is to be
+        connected; call it each time it is heard.
 
         `forever`: never give it up; otherwise it is forgotten `FORGET_AFTER_S` after it was last heard or connected.
         False if the name is not taken: it is our own, is none, or too many are wanted already.
@@ -316,8 +316,14 @@ class Connector:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
+
+    async def tried(self, peers: Iterable[str], timeout_s: float) -> None:
+        """Wait until no attempt at one of these is under way, at most so long. Attempts go on if it takes longer."""
+        attempts = [self._tasks[peer] for peer in peers if peer in self._tasks]
+        if attempts:
+            await asyncio.wait(attempts, timeout=timeout_s)
 
     def status(self) -> list[PeerStatus]:
         """Every wanted node, sorted by name."""
@@ -338,8 +344,7 @@ class Connector:
         loop = asyncio.get_running_loop()
         for peer in self._plan.attempts(loop.time()):
             task = loop.create_task(self._attempt(peer), name=f"connect to {peer}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[peer] = task
         if self._timer is not None:
             self._timer.cancel()
         at = self._plan.next_time()
@@ -355,6 +360,7 @@ class Connector:
         finally:
             if error is not None and self._running:
                 self._log_failure(peer, error)
+            del self._tasks[peer]
             self._plan.attempt_ended(peer, error, asyncio.get_running_loop().time())
             self._advance()
 
