@@ -254,6 +254,34 @@ async def test_a_worker_that_hangs_is_left_out_on_a_node_that_works(tmp_path: Pa
         assert len(failed) < 10
 
 
+async def test_a_worker_that_hangs_gets_no_appends_on_a_node_that_works(tmp_path: Path) -> None:
+    async with open_house(tmp_path, call_timeout_ms=300) as house:
+        hung = house.cluster.workers[0]
+
+        def hangs_alone(worker: Worker, request: Term, caller: Caller) -> Term:
+            return hang(worker, request, caller) if worker is hung else worker.carry_out(request, caller)
+
+        house.cluster.always(hangs_alone, "append_events", "get_version")
+        replies = [await house.append(b"s-%d" % number, number, expected=-1) for number in range(40)]
+        failed = [reply for reply in replies if reply[0] is ERROR]
+        assert {kind_of(reply) for reply in failed} <= {"call_timeout", "unknown_outcome"}
+        assert len(failed) < 10
+        assert [worker.load for worker in house.system.service.router] == [0, 0]
+
+
+async def test_appends_under_way_count_as_load_of_their_worker(house: House) -> None:
+    held = Held()
+    house.cluster.always(held, "append_events")
+    appending = [asyncio.create_task(house.append(b"s-%d" % number, number)) for number in range(10)]
+    await held.arrived(10)
+    loads = [worker.load for worker in house.system.service.router]
+    assert sum(loads) == 10
+    assert max(loads) < 10, "the less loaded of two"
+    held.release()
+    assert await asyncio.gather(*appending) == [(OK, 0)] * 10
+    assert not any(worker.load for worker in house.system.service.router)
+
+
 async def test_without_a_majority_no_cast_that_writes_is_sent(house: House) -> None:
     ask = function_door(house.caller, house.system)
     details = {Atom("problem"): Atom("minority")}

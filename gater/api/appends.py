@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 
 from gater.api import guarded, schema
 from gater.api.append import Append, AskVersion, Done, Resolve, Step, Write
+from gater.api.router import Worker
 from gater.api.schema import Request
 from gater.erl.errors import CallError, EncodeError, ErlangException, ErlangThrow, NoProcess
 from gater.erl.gen_server import PendingCall
@@ -171,6 +172,46 @@ def _remember(
         streams.popitem(last=False)
 
 
+class _Asked:
+    """A request to a worker: its load until it has ended, and a success or failure for its circuit breaker."""
+
+    __slots__ = ("_on_done", "_pending", "_router", "_worker")
+
+    def __init__(
+        self,
+        service: Service,
+        worker: Worker,
+        request: Term,
+        on_done: Callable[[Term, CallError | None], None],
+        timeout_s: float,
+    ) -> None:
+        self._router = service.router
+        self._worker: Worker | None = worker
+        self._on_done = on_done
+        self._pending = PendingCall(service.node, worker.address, request, self._done, timeout_s=timeout_s)
+        worker.load += 1
+        self._router.asked(worker, asyncio.get_running_loop().time())
+
+    def cancel(self) -> None:
+        """Nobody can wait any longer."""
+        self._pending.cancel()
+        self._ended(is_answered=False)
+
+    def _done(self, reply: Term, error: CallError | None) -> None:
+        self._ended(is_answered=error is None)
+        self._on_done(reply, error)
+
+    def _ended(self, *, is_answered: bool) -> None:
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        worker.load -= 1
+        if is_answered:
+            self._router.answered(worker)
+        else:
+            self._router.unanswered(worker, asyncio.get_running_loop().time())
+
+
 class _AppendCall:
     """One append: at most one write at a time, exactly one reply."""
 
@@ -217,7 +258,7 @@ class _AppendCall:
         """The number of the first event in the write under way."""
         self._records: list[bytes] = []
         """What has been stored, one record for each event, empty if nobody wanted to know."""
-        self._pending: PendingRpc | PendingCall | None = None
+        self._pending: PendingRpc | _Asked | None = None
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
@@ -431,16 +472,13 @@ class _AppendCall:
                 self._again(self._plan.unknown(guarded=True))
 
     def _write_by_worker(self, first: int) -> None:
-        service, node = self._service, self._node
-        worker = service.router.choose(self._store, self._stream, self._loop.time(), self._avoid)
-        if worker is None or node is None:
+        worker = self._worker_on(self._node)
+        if worker is None:
             self._again(self._plan.not_sent())
             return
         request = (schema.APPEND_EVENTS, self._store, self._stream, first - 1, self._events)
         try:
-            self._pending = PendingCall(
-                service.node, worker.address, request, self._worker_done, timeout_s=self._attempt_s()
-            )
+            self._pending = _Asked(self._service, worker, request, self._worker_done, self._attempt_s())
         except EncodeError as error:
             self._finish(Done(schema.error(schema.invalid_request(f"append_events: {error}"))))
             return
@@ -455,7 +493,6 @@ class _AppendCall:
             step = self._plan.not_sent() if isinstance(error, NoProcess) else self._plan.unknown(guarded=False)
             self._again(step)
             return
-        self._node_works()
         match reply:
             case (schema.OK, int(version)):
                 self.take(self._plan.written(version))
@@ -463,6 +500,9 @@ class _AppendCall:
                 self._run(self._refused_by_worker())
             case _:
                 self._finish(Done(reply))
+
+    def _worker_on(self, node: Atom | None) -> Worker | None:
+        return None if node is None else self._service.router.worker_on(self._store, node, self._loop.time())
 
     def _node_works(self) -> None:
         if self._node is not None:
@@ -603,7 +643,7 @@ class _AppendCall:
 
     async def _ask(self, node: Atom | None, request: Term) -> Term:
         """Ask a worker of this store on `node`."""
-        worker = None if node is None else self._service.router.worker_on(self._store, node)
+        worker = self._worker_on(node)
         if worker is None:
             raise NoProcess(schema.NOT_FOUND, f"no worker on {node}")
         answered: asyncio.Future[Term] = self._loop.create_future()
@@ -616,9 +656,7 @@ class _AppendCall:
             else:
                 answered.set_exception(error)
 
-        pending = PendingCall(
-            self._service.node, worker.address, request, on_done, timeout_s=min(CATCH_UP_S, self._attempt_s())
-        )
+        pending = _Asked(self._service, worker, request, on_done, min(CATCH_UP_S, self._attempt_s()))
         try:
             return await answered
         finally:

@@ -68,9 +68,10 @@ class Fences:
     def last_writer(self, store: Atom, stream: bytes) -> Worker | None:
         """A worker on the node that carried out the last append of this stream, if requests are sent there."""
         last = self._appends.latest((store, stream))
-        if last is None or not self._router.allows(last.owner, asyncio.get_running_loop().time()):
+        now = asyncio.get_running_loop().time()
+        if last is None or not self._router.allows(last.owner, now):
             return None
-        return self._router.worker_on(store, last.owner)
+        return self._router.worker_on(store, last.owner, now)
 
     def catch_up(self, store: Atom, node: Atom, on_done: Callable[[bool], None]) -> None:
         """Wait until `node` has everything that is committed now (`khepri:fence/2`); `on_done(whether it has)`. Where

@@ -196,9 +196,9 @@ class Router:
             self._serving.pop(store, None)
             self._ranked.clear()
 
-    def worker_on(self, store: Atom, node: Atom) -> Worker | None:
+    def worker_on(self, store: Atom, node: Atom, now: float) -> Worker | None:
         """A worker of `store` on this node."""
-        return self._less_loaded(self._stores.get(store, {}).get(node, []))
+        return self._less_loaded(self._quick(self._stores.get(store, {}).get(node, []), now))
 
     def has(self, worker: Worker) -> bool:
         """Whether this worker still counts."""

@@ -96,7 +96,7 @@ class StoreReads:
         if service.is_embedded(self.store) or not nodes:
             return await self.reply(request)
         for node in nodes:
-            worker = service.router.worker_on(self.store, node)
+            worker = service.router.worker_on(self.store, node, asyncio.get_running_loop().time())
             if worker is None:
                 continue
             try:
