@@ -238,3 +238,13 @@ async def test_a_node_that_is_left_out_gets_one_read_as_a_probe(tmp_path: Path) 
         held.release()
         assert await probe == (OK, -1)
         assert breaker.failures == 0
+
+
+async def test_appends_without_a_node_are_refused_when_too_many_wait_for_registries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_house(tmp_path, append_mode="guarded") as house:
+        assert kind_of(await house.append(b"s", 0)) == "no_worker_available"
+        monkeypatch.setattr("gater.api.discovery.MAX_WAITING", 0)
+        assert await house.append(b"s", 0) == (ERROR, schema.OVERLOADED)
+        assert house.system.service.under_way == 0

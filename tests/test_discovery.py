@@ -137,17 +137,24 @@ async def test_no_more_requests_wait_for_registries_than_the_limit_allows(
 ) -> None:
     monkeypatch.setattr("gater.api.discovery.MAX_WAITING", 3)
     cluster.registry_open.clear()
-    missing = schema.error(schema.store_not_found(STORE))
     async with gateway(cluster) as system:
         await wait_until(lambda: len(system.node.nodes()) == 2, "the connections")
-        replies: list[Term] = []
+        service, replies = system.service, list[Term]()
         delete = (Atom("delete_snapshot"), STORE, b"source", b"s", 0)
         for _ in range(5):
-            system.service.cast(delete, lambda refused: replies.append(refused and refused.reply))
-        assert replies == [missing, missing]
+            service.cast(delete, lambda refused: replies.append(refused and refused.reply))
+        append = (schema.APPEND_EVENTS, STORE, b"s", schema.ANY, [event(0).to_term()])
+        service.call(append, replies.append)
+        service.call(schema.store_request("get_streams", STORE), replies.append)
+        subscribe = (Atom("list_parked"), STORE, b"name")
+        service.call(subscribe, replies.append)
+        overloaded = schema.error(schema.OVERLOADED)
+        await wait_until(lambda: len(replies) == 5, "those that cannot wait")
+        assert replies == [overloaded] * 5
+        assert (service.under_way, len(service._unsettled)) == (0, 0)
         cluster.registry_open.set()
-        await wait_until(lambda: len(replies) == 5, "those that wait")
-        assert replies[2:] == [None] * 3
+        await wait_until(lambda: len(replies) == 8, "those that wait")
+        assert replies[5:] == [None] * 3
 
 
 async def test_workers_that_only_one_node_knows_of_are_used(cluster: Cluster) -> None:

@@ -297,7 +297,8 @@ class _AppendCall:
         if remembered is not None:
             self._plan.saw(remembered.version)
         if not self._choose_node():
-            self._service.refresh(self._begin_refreshed)
+            if not self._service.refresh(self._begin_refreshed):
+                self._finish(Done(schema.error(schema.OVERLOADED)))
             return
         self._first_step()
 
@@ -532,8 +533,8 @@ class _AppendCall:
             return
         if self._choose_node():
             self.take(step)
-        else:
-            self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self.resume, step))
+        elif not self._service.refresh(lambda: self._loop.call_later(PAUSE_S, self.resume, step)):
+            self._loop.call_later(PAUSE_S, self.resume, step)
 
     # Rare steps, as tasks
 

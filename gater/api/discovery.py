@@ -47,7 +47,7 @@ REFRESH_WAIT_S: Final = 3.0
 """How long a request waits for nodes to be asked again; a node that hangs may take longer, question after question."""
 
 MAX_WAITING: Final = 10_000
-"""Requests that wait for that; further ones go by what is known already."""
+"""Requests that wait for that; further ones are answered `{:error, :overloaded}`."""
 
 MAX_NAMED: Final = 64
 """Nodes not connected that are taken of one registry, by chance if it names more. A cluster has tens of nodes."""
@@ -108,14 +108,13 @@ class Discovery:
         for asking in self._asking.values():
             asking.cancel()
 
-    def refresh(self, on_done: Callable[[], object]) -> None:
+    def refresh(self, on_done: Callable[[], object]) -> bool:
         """Ask every node again; `on_done()` when all have answered or failed to, or after `REFRESH_WAIT_S`.
 
-        At once when `MAX_WAITING` requests wait for that already.
+        False, and nothing is called, if `MAX_WAITING` requests wait for that already.
         """
         if len(self._waiting) >= MAX_WAITING:
-            on_done()
-            return
+            return False
         self._waiting.append(on_done)
         if self._no_longer is None:
             self._no_longer = asyncio.get_running_loop().call_later(REFRESH_WAIT_S, self._settle)
@@ -123,6 +122,7 @@ class Discovery:
             self._ask(peer)
         if not self._asking:
             asyncio.get_running_loop().call_soon(self._settle)
+        return True
 
     def _periodically(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(REFRESH_S, self._periodically)

@@ -87,9 +87,10 @@ class SubscriptionDoor(Protocol):
 
 
 class Registries(Protocol):
-    """Who knows the cluster's workers; `refresh` asks again and calls back when the answers are in."""
+    """Who knows the cluster's workers; `refresh` asks again and calls back when the answers are in. False: too many
+    wait for that already."""
 
-    def refresh(self, on_done: Callable[[], object], /) -> None: ...
+    def refresh(self, on_done: Callable[[], object], /) -> bool: ...
 
 
 class Service:
@@ -218,7 +219,11 @@ class Service:
                 self._append(request, term, on_reply, deadline, refreshed=True)
 
         timer = asyncio.get_running_loop().call_at(deadline, out_of_time)
-        self.refresh(refreshed)
+        if not self.refresh(refreshed):
+            timer.cancel()
+            settled()
+            self.done()
+            on_reply(schema.error(schema.OVERLOADED))
 
     def _telling(self, request: Request, on_reply: OnReply) -> OnReply:
         """`on_reply`, and the subscriptions are told where the stream stands after an append."""
@@ -298,8 +303,10 @@ class Service:
             on_taken(Rejected(refusal))
         else:
             to_send = raw if raw is not None and checked.term is request else checked.term
-            if not self._send_cast(checked, to_send, on_taken):
-                self.refresh(lambda: self._send_cast(checked, to_send, on_taken, last=True))
+            if not self._send_cast(checked, to_send, on_taken) and not self.refresh(
+                lambda: self._send_cast(checked, to_send, on_taken, last=True)
+            ):
+                on_taken(Rejected(schema.OVERLOADED))
 
     def _send_cast(self, request: Request, term: Term, on_taken: OnTaken, *, last: bool = False) -> bool:
         """Whether that settles it; with `last` it does."""
@@ -311,12 +318,20 @@ class Service:
             on_taken(Rejected(self.missing(request.store)))
         return worker is not None or last
 
-    def refresh(self, on_done: Callable[[], object]) -> None:
-        """Have the registries asked again; `on_done()` when that is over."""
+    def refresh(self, on_done: Callable[[], object]) -> bool:
+        """Have the registries asked again; `on_done()` when that is over. False: too many wait for that already."""
         if self.registries is None:
             on_done()
-        else:
-            self.registries.refresh(on_done)
+            return True
+        return self.registries.refresh(on_done)
+
+    async def refreshed(self) -> bool:
+        """As `refresh`, to be awaited."""
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not self.refresh(lambda: None if asked.done() else asked.set_result(None)):
+            return False
+        await asked
+        return True
 
     def missing(self, store: Atom | None) -> Term:
         """The reason why there is no worker for `store`."""

@@ -102,8 +102,8 @@ class WorkerCall:
         if worker is None:
             if refreshed:
                 self._answer(schema.error(service.missing(request.store)))
-            else:
-                service.refresh(self._refreshed)
+            elif not service.refresh(self._refreshed):
+                self._answer(schema.error(schema.OVERLOADED))
             return
         if (
             worker.store is None

@@ -249,10 +249,8 @@ async def gateway_tell(service: Service, request: tuple[Term, ...]) -> Term | No
 
     A client of store nodes alone tells one of these.
     """
-    if not _gateways(service) and not service.stores:
-        known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        service.refresh(lambda: None if known.done() else known.set_result(None))
-        await known
+    if not _gateways(service) and not service.stores and not await service.refreshed():
+        return schema.OVERLOADED
     tried: set[Worker] = set()
     while not tried.issuperset(_gateways(service)):
         gateway = await _find(service, 0, tried)

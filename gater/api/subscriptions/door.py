@@ -326,9 +326,8 @@ class Subscriptions:
         service = self._service
         if service.is_embedded(store) or service.router.is_known(store):
             return
-        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        service.refresh(lambda: None if asked.done() else asked.set_result(None))
-        await asked
+        if not await service.refreshed():
+            raise _Refused(schema.OVERLOADED)
         if not service.router.is_known(store):
             raise _Refused(schema.store_not_found(store))
 
