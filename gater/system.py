@@ -3,9 +3,9 @@
 Start: embedded stores -> service, discovery and exported functions -> node (listens, registers with EPMD) -> Swarm's
 tracker, API server and workers, supervised -> connections to the nodes that were named. From the line `NAME is up` on,
 requests are taken.
-Stop (SIGTERM, SIGINT, `gater stop`, or `init:stop()` by rpc, as releases do it): names are taken out of Swarm's
-registry, new requests are refused with `:draining`, those under way are answered, then everything is closed in reverse
-order.
+Stop (SIGTERM, SIGINT, `gater stop`, or `init:stop()` by rpc, as releases do it): other gateways are told, names are
+taken out of Swarm's registry, new requests are refused with `:draining`, those under way are answered, then everything
+is closed in reverse order.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class System:
             interval_s=self.settings.health_check_interval_ms / 1000,
         )
         self.reports.start()
+        self.service.cluster_status = self.reports.status
         self.monitor.start()
         for strategy in self.strategies:
             await strategy.start(self.connector)
@@ -182,6 +183,8 @@ class System:
 
     async def stop(self) -> None:
         """Drain, then close everything."""
+        self.node.remove_application(GATER.name)
+        self.reports.draining()
         await self.workers.unregister()
         await self.subscriptions.stop()
         limit_s = self.settings.drain_timeout_ms / 1000

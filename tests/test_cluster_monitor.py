@@ -223,6 +223,20 @@ def test_a_node_that_stops_ex_esdb_but_stays_connected_is_draining() -> None:
     assert (A, "draining", "up", True) in changes(cluster.pass_time(REFRESH_S))
 
 
+def test_a_gateway_that_does_not_run_gater_any_more_is_draining_until_it_connects_anew() -> None:
+    cluster = Cluster(A)
+    running: list[Term] = [(Atom("gater"), b"Gateway to ExESDB", b"1.0")]
+    cluster.applications[B] = running
+    cluster.do(cluster.state.connected(B, cluster.now))
+    assert cluster.node(B).state == "up"
+    cluster.applications[B] = []
+    assert (B, "up", "draining", False) in changes(cluster.pass_time(REFRESH_S))
+    cluster.applications[B] = running
+    cluster.lose(B)
+    cluster.do(cluster.state.connected(B, cluster.now))
+    assert cluster.node(B).state == "up"
+
+
 def test_a_node_that_said_it_drains_stays_so_until_it_connects_anew() -> None:
     cluster = Cluster(A, B, C)
     cluster.do(cluster.state.draining(A, cluster.now))

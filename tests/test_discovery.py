@@ -23,6 +23,7 @@ from node_kit import COOKIE, unique_name, wait_until
 
 from gater import Gateway
 from gater.api import schema
+from gater.api.subscriptions.client import _gateways
 from gater.cluster.connector import Connector
 from gater.erl import make_node
 from gater.erl.errors import ErlangError
@@ -241,6 +242,23 @@ async def test_a_client_uses_the_gateways_it_is_connected_to(tmp_path: Path) -> 
             await two.node.stop()
             assert await client.append_events(NAME, "s", event(1), expected_version=0) == 1
             assert await client.get_version(NAME, "s") == 1
+
+
+async def test_a_client_sees_which_of_its_gateways_drain(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.discovery.REFRESH_S", 0.02)
+    async with gateway(cluster) as one, gateway(cluster) as two:
+        await connected(two, cluster)
+        names = (one.settings.name, two.settings.name)
+        async with Gateway.connect(*names, cookie=COOKIE, options=cluster.options) as client:
+            router = client._service.router
+            await wait_until(lambda: len(router) == 2, "both gateways")
+            one.node.remove_application("gater")
+            await wait_until(lambda: any(worker.leaving for worker in router), "the client to know")
+            for _ in range(20):
+                chosen = router.choose(STORE, b"s", 0.0)
+                assert chosen is not None
+                assert chosen.node is two.node.name
+            assert [worker.node for worker in _gateways(client._service)] == [two.node.name, one.node.name]
 
 
 async def test_a_client_of_store_nodes_and_gateways_asks_the_store_nodes(cluster: Cluster) -> None:

@@ -325,7 +325,16 @@ async def test_the_server_answers_sys_get_state(house: House) -> None:
     await wait_until(lambda: answers, "an answer")
     tag, state = answers[0]
     assert tag == reference
-    assert state == {Atom("under_way"): 0, Atom("stores"): [STORE], Atom("no_quorum"): {}}
+    cluster = state.pop(Atom("cluster"))
+    assert state == {
+        Atom("under_way"): 0,
+        Atom("stores"): [STORE],
+        Atom("no_quorum"): {},
+        Atom("draining"): False,
+    }
+    if house.cluster is not None:
+        nodes = cluster[Atom("nodes")]
+        assert all(nodes[Atom(name)][Atom("state")] is Atom("up") for name in house.cluster.names)
 
 
 async def test_many_callers_get_their_own_answers(house: House) -> None:

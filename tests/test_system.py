@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,14 @@ from node_kit import COOKIE, free_port, unique_name, wait_until
 from gater import system as system_module
 from gater.api import schema
 from gater.api.server import API_MODULE
+from gater.cluster import monitor
 from gater.cluster.gossip import Gossip, GossipOptions
 from gater.cluster.strategy import DnsPoll, StaticList
 from gater.erl.errors import NodeError
 from gater.erl.rpc import erpc_call
 from gater.erl.terms import Atom
 from gater.errors import SettingsError, StoreError
+from gater.pubsub.messages import MONITOR_SERVER
 from gater.settings import Settings
 from gater.system import System
 
@@ -145,6 +148,32 @@ async def test_a_stopping_gateway_answers_what_is_under_way(tmp_path: Path) -> N
             await held.arrived()
             asyncio.get_running_loop().call_later(0.05, held.release)
         assert await waiting == (OK, [])
+
+
+async def test_other_gateways_learn_at_once_that_one_drains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "REFRESH_S", 1_000.0)
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(open_cluster(tmp_path))
+        caller = await stack.enter_async_context(caller_node(cluster.epmd_port))
+        two = await stack.enter_async_context(gateway(cluster))
+        life = AsyncExitStack()
+        connect = (*cluster.names, two.settings.name)
+        one = await life.enter_async_context(gateway(cluster, connect=connect, drain_timeout_ms=20_000))
+        name, peers = one.node.name, one.pubsub[MONITOR_SERVER]
+        await connected(one, cluster)
+        await wait_until(lambda: two.node.name in {pid.node for pid in peers.peers}, "PubSub")
+        assert two.monitor.node_state(name) == "up"
+        held = Held()
+        cluster.always(held, "get_streams")
+        waiting = asyncio.create_task(server_door(caller, one)("get_streams", STORE))
+        await held.arrived()
+        stopping = asyncio.create_task(life.aclose())
+        await wait_until(lambda: two.monitor.node_state(name) == "draining", "the other one to know")
+        assert not waiting.done()
+        held.release()
+        assert await waiting == (OK, [])
+        await stopping
+        await wait_until(lambda: two.monitor.node_state(name) == "down", "the end")
 
 
 async def test_a_gateway_that_is_stopped_frees_its_name_and_its_store(tmp_path: Path) -> None:

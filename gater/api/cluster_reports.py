@@ -6,6 +6,9 @@
   `{:cluster_health_updated, %ClusterHealth{}}` when they change and every health check interval, signed if there is a
   key (`messages/health_messages.ex`).
 
+* topic `gater:draining`, of gater's own: `{:gater_draining, node}` of a gateway that is going to stop, for the monitors
+  of the others.
+
 A node counts if it is visible, as in the original, or runs ExESDB or gater; other hidden nodes are shells and clients
 that come for a moment. It is told of once it has said what it runs, or has not answered the question.
 
@@ -29,6 +32,7 @@ from gater.erl.rpc import PendingRpc
 from gater.erl.terms import Atom, Term
 from gater.pubsub.adapter import PubSub
 from gater.pubsub.messages import (
+    DRAINING_TOPIC,
     HEALTH_SERVER,
     MONITOR_SERVER,
     SYSTEM_SERVER,
@@ -37,7 +41,9 @@ from gater.pubsub.messages import (
     cluster_health_updated,
     cluster_state_changed,
     cluster_topic,
+    draining_message,
     node_health_updated,
+    parse_draining,
 )
 from gater.pubsub.signatures import MessageRefused, sign, sign_as_written
 
@@ -73,20 +79,36 @@ class ClusterReports:
         self._asking: set[PendingRpc] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._end_watch: Callable[[], None] = lambda: None
+        self._end_hearing: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to watch."""
         self._end_watch = self._monitor.watch(self._changed)
+        self._end_hearing = self._pubsub[MONITOR_SERVER].subscribe(DRAINING_TOPIC, self._heard_draining)
         self._plan()
 
     def stop(self) -> None:
         """Tell nothing any more."""
         self._end_watch()
+        self._end_hearing()
         if self._timer is not None:
             self._timer.cancel()
         for pending in self._asking:
             pending.cancel()
         self._asking.clear()
+
+    def draining(self) -> None:
+        """Tell the other gateways that this one is going to stop."""
+        self._pubsub[MONITOR_SERVER].broadcast(DRAINING_TOPIC, draining_message(self._node.name))
+
+    def status(self) -> dict[Term, Term]:
+        """What the monitor sees, for `sys:get_state/1`: `%{nodes: %{node => map}}`."""
+        return {Atom("nodes"): {each.node: _node_term(each) for each in self._monitor.nodes()}}
+
+    def _heard_draining(self, _: bytes, message: Term) -> None:
+        node = parse_draining(message)
+        if node is not None:
+            self._monitor.draining(node)
 
     # What is told
 
@@ -181,6 +203,15 @@ class ClusterReports:
         mfa: tuple[Atom, Atom, list[Term]] = (Atom("erlang"), Atom("term_to_binary"), [message])
         pending = PendingRpc(self._node, node, mfa, done, ASK_TIMEOUT_S)
         self._asking.add(pending)
+
+
+def _node_term(status: NodeStatus) -> Term:
+    return {
+        Atom("state"): Atom(status.state),
+        Atom("is_ex_esdb"): status.is_ex_esdb,
+        Atom("answer_ms"): None if status.smoothed_answer_s is None else status.smoothed_answer_s * 1000,
+        Atom("error"): None if status.error is None else status.error.encode(),
+    }
 
 
 def _now() -> Term:

@@ -204,12 +204,20 @@ class Discovery:
                 if EX_ESDB in running:
                     self._store_nodes.add(peer)
                     self._take_again()
-                elif GATER in running and self._through_gateways:
-                    self._service.watch(self._service.router.add((Atom(API_MODULE), peer), peer, None))
+                elif self._through_gateways:
+                    self._take_gateway(peer, is_running=GATER in running)
             if peer in self._store_nodes:
                 await self._learn_store_node(peer)
         except ErlangException as error:
             log.info("node_did_not_answer", peer=str(peer), reason=repr(error.reason)[:200])
+
+    def _take_gateway(self, peer: Atom, *, is_running: bool) -> None:
+        """A gateway that drains does not say any more that it runs `gater`."""
+        api_server: Term = (Atom(API_MODULE), peer)
+        if is_running:
+            self._service.watch(self._service.router.add(api_server, peer, None))
+        else:
+            self._service.router.leaving(api_server)
 
     async def _learn_store_node(self, peer: Atom) -> None:
         service = self._service

@@ -212,6 +212,12 @@ class Router:
             self._insert(worker)
         return worker
 
+    def leaving(self, address: Term) -> None:
+        """This worker is a gateway's that is shutting down: others are asked, if there are any."""
+        worker = self._workers.get(address)
+        if worker is not None:
+            worker.leaving = True
+
     def registered(self, source: Atom, entries: Iterable[Registered]) -> tuple[list[Worker], list[Worker]]:
         """`source` lists these workers, and no others: (workers that are new, workers that nobody lists any more)."""
         added: list[Worker] = []

@@ -67,6 +67,8 @@ class ApiServer(GenServer):
             Atom("stores"): self._service.stores,
             # Reads go on there, and may be old.
             Atom("no_quorum"): self._service.stores_without_quorum(),
+            Atom("draining"): self._service.is_draining,
+            Atom("cluster"): self._service.cluster_status(),
         }
 
 

@@ -118,6 +118,8 @@ class Service:
         """Why a store must not be written to now (the details of `no_quorum`), or None."""
         self.doubt: Callable[[Atom], None] = lambda node: None
         """Told which node has not answered in time."""
+        self.cluster_status: Callable[[], Term] = dict
+        """What is seen of the cluster, for who asks for this node's state."""
         self._appends = Appends(self)
         self.fences = Fences(node, self.router, self._appends, lambda store: self.quorum(store) is None)
         self._unsettled: Counter[tuple[Atom | None, bytes | None]] = Counter()
@@ -134,6 +136,11 @@ class Service:
     def under_way(self) -> int:
         """Requests that have not been answered yet."""
         return self._under_way
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused, because this node is going to stop."""
+        return self._draining
 
     @property
     def stores(self) -> list[Atom]:

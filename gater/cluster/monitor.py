@@ -7,8 +7,8 @@ their time, questions and changes come out. `ClusterMonitor` is the shell that a
 `ra_leaderboard:lookup_leader/1` and `khepri_cluster:members/2`, both answered from the node's memory.
 
 States of a node: `connecting` (wanted, never connected) -> `up` <-> `suspect` (connected, does not answer) -> `down`;
-`draining` is a node that is connected but has stopped ExESDB or said that it will. What messages others get about
-changes is not decided here: whoever wants to know calls `watch`.
+`draining` is a node that is connected but has stopped ExESDB or gater, or said that it will. What messages others get
+about changes is not decided here: whoever wants to know calls `watch`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 import structlog
 
 from gater.cluster.connector import PeerStatus
+from gater.cluster.introductions import GATER
 from gater.erl.errors import ErlangException
 from gater.erl.node import Node
 from gater.erl.rpc import ERPC, PendingRpc
@@ -222,6 +223,7 @@ class _Node:
         "due",
         "error",
         "is_ex_esdb",
+        "is_gater",
         "pending",
         "said_draining",
         "since",
@@ -238,6 +240,7 @@ class _Node:
         self.connected_at = now
         self.applications: frozenset[Atom] = frozenset()
         self.is_ex_esdb = False
+        self.is_gater = False
         self.said_draining = False
         self.stores_asked: tuple[Atom, ...] = ()
         self.stores_told: tuple[Atom, ...] = ()
@@ -314,6 +317,7 @@ class ClusterState:
         node.connected_at = now
         node.applications = frozenset()
         node.is_ex_esdb = False
+        node.is_gater = False
         node.said_draining = False
         node.pending.clear()
         node.error = None
@@ -492,10 +496,12 @@ class ClusterState:
         node.applications = frozenset(
             each[0] for each in answer if type(each) is tuple and each and type(each[0]) is Atom
         )
-        runs = EX_ESDB in node.applications
-        became = runs and not node.is_ex_esdb
-        node.is_ex_esdb = node.is_ex_esdb or runs
-        state: NodeState = "draining" if node.said_draining or (node.is_ex_esdb and not runs) else "up"
+        became = EX_ESDB in node.applications and not node.is_ex_esdb
+        node.is_ex_esdb = node.is_ex_esdb or became
+        node.is_gater = node.is_gater or GATER in node.applications
+        ran = {EX_ESDB: node.is_ex_esdb, GATER: node.is_gater}
+        has_stopped = any(has_run and each not in node.applications for each, has_run in ran.items())
+        state: NodeState = "draining" if node.said_draining or has_stopped else "up"
         effects = self._enter(name, node, state, now, anyway=became or is_first)
         if became:
             node.due = now

@@ -392,6 +392,10 @@ class Node:
         """From now on this application is running here; the last one added is listed first."""
         self.applications = {name: (description, version), **self.applications}
 
+    def remove_application(self, name: str) -> None:
+        """From now on this application is not running here any more."""
+        self.applications = {each: told for each, told in self.applications.items() if each != name}
+
     # Turns of the loop
 
     def soon(self, call: Callable[..., object], *arguments: Any) -> None:

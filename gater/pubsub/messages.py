@@ -76,7 +76,11 @@ Health: TypeAlias = Literal["healthy", "degraded", "unhealthy", "unknown"]
 APPENDED_TOPIC: Final = "gater:appended"
 """The topic of gater's own on which gateways tell each other of appends."""
 
+DRAINING_TOPIC: Final = "gater:draining"
+"""The topic of gater's own on which a gateway says that it is going to stop."""
+
 _APPENDED: Final = Atom("gater_appended")
+_DRAINING: Final = Atom("gater_draining")
 _TRANSIENT: Final = b"transient"
 
 
@@ -184,6 +188,19 @@ def parse_appended(message: Term) -> Appended | None:
             kind is _APPENDED and type(version) is int and version >= 0
         ):
             return Appended(store, stream, version, node)
+    return None
+
+
+def draining_message(node: Atom) -> Term:
+    """`{:gater_draining, node}`: this gateway is going to stop. For the topic `DRAINING_TOPIC`."""
+    return (_DRAINING, node)
+
+
+def parse_draining(message: Term) -> Atom | None:
+    """The gateway in a message on `DRAINING_TOPIC`; None if it is something else."""
+    match message:
+        case (kind, Atom() as node) if kind is _DRAINING:
+            return node
     return None
 
 

@@ -282,7 +282,8 @@ async def _ask(service: Service, gateway: Worker, request: tuple[Term, ...]) -> 
 
 
 def _gateways(service: Service) -> list[Worker]:
-    return [worker for worker in service.router if worker.store is None]
+    """The gateways in sight, those that are shutting down last."""
+    return sorted((worker for worker in service.router if worker.store is None), key=lambda worker: worker.leaving)
 
 
 async def _find(service: Service, until: float, tried: set[Worker]) -> Worker:
