@@ -87,7 +87,7 @@ class System:
         self.workers = Workers(self.service, self.swarm, settings.pool_size)
         self.connector = Connector(self.node, retry_interval_s=settings.connection_retry_interval_ms / 1000)
         self.discovery = Discovery(self.service, self.connector, swarm=self.swarm)
-        self.discovery.on_change = self.workers.update
+        self.discovery.on_change = self._workers_changed
         self.strategies = _strategies(settings)
         self.pubsub = PubSub(self.node, secret_key_base=settings.secret_key_base, events_server=settings.pub_sub)
         self.subscriptions = Subscriptions(self.service, self.swarm)
@@ -155,6 +155,12 @@ class System:
         log.info("told_to_stop", node=self.settings.name)
         self.told_to_stop.set()
         return Atom("ok")
+
+    def _workers_changed(self) -> None:
+        self.workers.update()
+        # A node without Khepri does not say itself which stores it holds.
+        for node in self.node.nodes():
+            self.monitor.holds(node, self.service.router.stores_on(node))
 
     def _monitor_saw(self, change: Change) -> None:
         if isinstance(change, StoreChanged):

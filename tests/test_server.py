@@ -335,6 +335,7 @@ async def test_the_server_answers_sys_get_state(house: House) -> None:
     if house.cluster is not None:
         nodes = cluster[Atom("nodes")]
         assert all(nodes[Atom(name)][Atom("state")] is Atom("up") for name in house.cluster.names)
+        assert all(nodes[Atom(name)][Atom("stores")] == [STORE] for name in house.cluster.names)
 
 
 async def test_many_callers_get_their_own_answers(house: House) -> None:

@@ -122,9 +122,7 @@ async def test_a_node_that_is_no_member_of_the_store_gets_no_requests(tmp_path: 
         members: list[Term] = [(STORE, first.name), (STORE, second.name)]
         for node in (first, second, outsider):
             node.exports.add("khepri_cluster", "members", lambda store, options: (OK, members))
-        monitor, router = house.system.monitor, house.system.service.router
-        for node in (first, second, outsider):
-            monitor.holds(node.name, [STORE])
+        router = house.system.service.router
         await wait_until(lambda: set(router.nodes(STORE)) == {first.name, second.name}, "the outsider left out")
         for number in range(20):
             assert await house.version(b"stream-%d" % number) == (OK, -1)
@@ -137,7 +135,6 @@ async def test_a_node_that_says_nothing_about_the_members_is_not_taken_for_one(t
         members: list[Term] = [(STORE, first.name), (STORE, second.name)]
         for node in (first, second):
             node.exports.add("khepri_cluster", "members", lambda store, options: (OK, members))
-            house.system.monitor.holds(node.name, [STORE])
         router = house.system.service.router
         await wait_until(lambda: set(router.nodes(STORE)) == {first.name, second.name}, "the members alone")
 

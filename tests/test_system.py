@@ -232,3 +232,26 @@ async def test_two_gateways_serve_one_cluster(tmp_path: Path) -> None:
             *(asks[number % 2]("append_events", STORE, b"s", events[number]) for number in range(20))
         )
         assert sorted(version for _, version in replies) == list(range(20))
+
+
+async def test_stores_of_nodes_without_khepri_are_watched_too(tmp_path: Path) -> None:
+    other = Atom("other_store")
+    async with (
+        open_cluster(tmp_path, 2, stores=(STORE, other)) as cluster,
+        gateway(cluster) as system,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(system, cluster)
+        await wait_until(lambda: len(system.monitor.stores()) == 2, "both stores")
+        assert {each.store for each in system.monitor.stores()} == {STORE, other}
+        assert all(each.has_quorum and each.members == () for each in system.monitor.stores())
+        for name in cluster.names:
+            assert set(system.monitor.node(Atom(name)).stores) == {STORE, other}
+        ask = server_door(caller, system)
+        assert await ask("append_events", STORE, b"s", [event(0).to_term()]) == (OK, 0)
+        # A store whose workers have gone is not held any more.
+        cluster.restart_workers = False
+        first = cluster.nodes[0]
+        for worker in [each for each in first.workers if each.store is other]:
+            worker.process.exit(Atom("shutdown"))
+        await wait_until(lambda: system.monitor.node(first.node.name).stores == (STORE,), "the store to be gone")

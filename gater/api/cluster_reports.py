@@ -25,7 +25,16 @@ from typing import Final
 
 from gater.api.schema import datetime_to_term
 from gater.cluster.introductions import GATER
-from gater.cluster.monitor import EX_ESDB, Change, ClusterHealth, ClusterMonitor, NodeChanged, NodeState, NodeStatus
+from gater.cluster.monitor import (
+    EX_ESDB,
+    Change,
+    ClusterHealth,
+    ClusterMonitor,
+    NodeChanged,
+    NodeState,
+    NodeStatus,
+    StoreStatus,
+)
 from gater.erl.errors import ErlangException
 from gater.erl.node import Node
 from gater.erl.rpc import PendingRpc
@@ -102,8 +111,11 @@ class ClusterReports:
         self._pubsub[MONITOR_SERVER].broadcast(DRAINING_TOPIC, draining_message(self._node.name))
 
     def status(self) -> dict[Term, Term]:
-        """What the monitor sees, for `sys:get_state/1`: `%{nodes: %{node => map}}`."""
-        return {Atom("nodes"): {each.node: _node_term(each) for each in self._monitor.nodes()}}
+        """What the monitor sees, for `sys:get_state/1`: `%{nodes: %{node => map}, stores: %{store => map}}`."""
+        return {
+            Atom("nodes"): {each.node: _node_term(each) for each in self._monitor.nodes()},
+            Atom("stores"): {each.store: _store_term(each) for each in self._monitor.stores()},
+        }
 
     def _heard_draining(self, _: bytes, message: Term) -> None:
         node = parse_draining(message)
@@ -209,8 +221,19 @@ def _node_term(status: NodeStatus) -> Term:
     return {
         Atom("state"): Atom(status.state),
         Atom("is_ex_esdb"): status.is_ex_esdb,
+        Atom("stores"): list(status.stores),
         Atom("answer_ms"): None if status.smoothed_answer_s is None else status.smoothed_answer_s * 1000,
         Atom("error"): None if status.error is None else status.error.encode(),
+    }
+
+
+def _store_term(status: StoreStatus) -> Term:
+    return {
+        Atom("leader"): status.leader,
+        Atom("members"): list(status.members),
+        Atom("reachable"): list(status.reachable),
+        Atom("outsiders"): list(status.outsiders),
+        Atom("problem"): None if status.problem is None else Atom(status.problem),
     }
 
 

@@ -163,6 +163,10 @@ class Router:
         """Whether there is a worker that serves every store."""
         return bool(self._stores.get(ANY_STORE))
 
+    def stores_on(self, node: Atom) -> list[Atom]:
+        """The stores that have a worker on this node."""
+        return [store for store, nodes in self._stores.items() if store is not None and node in nodes]
+
     def workers(self, store: Atom | None = None) -> list[Worker]:
         """The workers of `store`, or all of them."""
         if store is None:

@@ -3,8 +3,9 @@
 `ClusterState` is the state machine, without clock, sockets or event loop: connections, answers and failures go in with
 their time, questions and changes come out. `ClusterMonitor` is the shell that asks by `erpc`. As the original
 (`ExESDBGater.ClusterMonitor`), a node is an ExESDB node if `application:which_applications/0` lists `ex_esdb`. Stores:
-`khepri:get_store_ids/0`, and what others tell by `holds`. For each store every node is asked for its own view:
-`ra_leaderboard:lookup_leader/1` and `khepri_cluster:members/2`, both answered from the node's memory.
+`khepri:get_store_ids/0`, and what others tell by `holds`: where a node offers no Khepri, its gateway workers say so.
+For each store every node is asked for its own view: `ra_leaderboard:lookup_leader/1` and `khepri_cluster:members/2`,
+both answered from the node's memory.
 
 States of a node: `connecting` (wanted, never connected) -> `up` <-> `suspect` (connected, does not answer) -> `down`;
 `draining` is a node that is connected but has stopped ExESDB or gater, or said that it will. What messages others get
