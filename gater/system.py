@@ -133,6 +133,7 @@ class System:
             self.pubsub,
             secret_key_base=self.settings.secret_key_base,
             interval_s=self.settings.health_check_interval_ms / 1000,
+            gossip=next((each for each in self.strategies if isinstance(each, Gossip)), None),
         )
         self.reports.start()
         self.service.cluster_status = self.reports.status

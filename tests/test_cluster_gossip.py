@@ -233,6 +233,18 @@ def test_a_wrong_secret_is_counted_and_reported_once_a_minute_with_the_senders()
     assert intake.ignored == {"undecryptable": 150}
 
 
+def test_what_comes_after_a_report_is_reported_though_nothing_comes_any_more() -> None:
+    intake, _ = an_intake()
+    assert intake.reports(0.0) == []
+    for second in range(3):
+        intake.receive(GossipCodec("another").encode(PEER), f"192.0.2.{second}", float(second))
+    assert intake.reports(REPORT_EVERY_S - 1) == []
+    (report,) = intake.reports(REPORT_EVERY_S)
+    assert (report.reason, report.packets, report.senders) == ("undecryptable", 2, ("192.0.2.1", "192.0.2.2"))
+    assert intake.reports(10 * REPORT_EVERY_S) == []
+    assert intake.receive(b"noise", SENDER, 10 * REPORT_EVERY_S).report is not None
+
+
 def test_a_report_names_few_senders_however_many_there_were() -> None:
     intake, _ = an_intake()
     wrong = GossipCodec("another").encode(PEER)
@@ -387,6 +399,21 @@ async def test_another_secret_is_never_heard_but_counted_and_named_in_the_log(
     assert line["hint"] == HINTS[why]
     assert line["senders"] == ["127.0.0.1"]
     assert not any(str(secret) in str(line) for secret in (ours, theirs) if secret)
+
+
+async def test_ignored_packets_are_reported_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gossip, "REPORT_EVERY_S", 0.05)
+    options = broadcast(udp_port(), None)
+    with capture_logs() as lines, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        async with gossiping(US, options) as (strategy, _):
+            for _ in range(2):
+                sender.sendto(b"noise", ("127.0.0.1", options.port))
+
+            def reported() -> int:
+                return sum(line["packets"] for line in lines if line["event"] == "gossip_packets_ignored")
+
+            await eventually(lambda: reported() == 2, "both to be reported")
+            assert strategy.status().ignored == {"malformed": 2}
 
 
 async def test_a_node_found_by_gossip_is_connected_and_found_again_after_its_restart() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gateway_kit import (
@@ -255,3 +257,23 @@ async def test_stores_of_nodes_without_khepri_are_watched_too(tmp_path: Path) ->
         for worker in [each for each in first.workers if each.store is other]:
             worker.process.exit(Atom("shutdown"))
         await wait_until(lambda: system.monitor.node(first.node.name).stores == (STORE,), "the store to be gone")
+
+
+async def test_the_state_of_a_gateway_shows_its_gossip() -> None:
+    port = free_port()
+    async with gateway(
+        gossip=True, gossip_port=port, gossip_multicast_addr="127.255.255.255", gossip_multicast_if="127.0.0.1"
+    ) as system:
+
+        def seen(what: str) -> Any:
+            status: Any = system.service.cluster_status()
+            return status[Atom("gossip")][Atom(what)]
+
+        await wait_until(lambda: seen("heartbeats"), "its own packet")
+        assert seen("open") is True
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"noise", ("127.0.0.1", port))
+        await wait_until(lambda: seen("ignored") == {Atom("malformed"): 1}, "the packet to be counted")
+    async with gateway() as silent:
+        status: Any = silent.service.cluster_status()
+        assert status[Atom("gossip")] is None

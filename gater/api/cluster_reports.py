@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from gater.api.schema import datetime_to_term
+from gater.cluster.gossip import Gossip, GossipStatus
 from gater.cluster.introductions import GATER
 from gater.cluster.monitor import (
     EX_ESDB,
@@ -75,9 +76,17 @@ class ClusterReports:
     """Broadcasts until `stop`; call `start` before the monitor's."""
 
     def __init__(
-        self, node: Node, monitor: ClusterMonitor, pubsub: PubSub, *, secret_key_base: str, interval_s: float
+        self,
+        node: Node,
+        monitor: ClusterMonitor,
+        pubsub: PubSub,
+        *,
+        secret_key_base: str,
+        interval_s: float,
+        gossip: Gossip | None = None,
     ) -> None:
         self._node = node
+        self._gossip = gossip
         self._monitor = monitor
         self._pubsub = pubsub
         self._secret = secret_key_base
@@ -111,10 +120,11 @@ class ClusterReports:
         self._pubsub[MONITOR_SERVER].broadcast(DRAINING_TOPIC, draining_message(self._node.name))
 
     def status(self) -> dict[Term, Term]:
-        """What the monitor sees, for `sys:get_state/1`: `%{nodes: %{node => map}, stores: %{store => map}}`."""
+        """What is seen, for `sys:get_state/1`: `%{nodes: %{node => map}, stores: %{store => map}, gossip: map}`."""
         return {
             Atom("nodes"): {each.node: _node_term(each) for each in self._monitor.nodes()},
             Atom("stores"): {each.store: _store_term(each) for each in self._monitor.stores()},
+            Atom("gossip"): None if self._gossip is None else _gossip_term(self._gossip.status()),
         }
 
     def _heard_draining(self, _: bytes, message: Term) -> None:
@@ -234,6 +244,17 @@ def _store_term(status: StoreStatus) -> Term:
         Atom("reachable"): list(status.reachable),
         Atom("outsiders"): list(status.outsiders),
         Atom("problem"): None if status.problem is None else Atom(status.problem),
+    }
+
+
+def _gossip_term(status: GossipStatus) -> Term:
+    return {
+        Atom("open"): status.open,
+        Atom("error"): None if status.error is None else status.error.encode(),
+        Atom("sent"): status.sent,
+        Atom("heartbeats"): status.heartbeats,
+        Atom("ignored"): {Atom(reason): packets for reason, packets in status.ignored.items()},
+        Atom("names"): {name.encode(): round(age_s * 1000) for name, age_s in status.names.items()},
     }
 
 

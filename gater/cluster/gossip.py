@@ -73,7 +73,7 @@ MAX_NAMES: Final = 256
 """Names remembered as heard before, as many as the connector wants; the one heard the longest ago gives way."""
 
 REPORT_EVERY_S: Final = 60.0
-"""Ignored packets are reported at most this often for each reason."""
+"""Ignored packets are reported at once, and from then on this often for each reason while there are more."""
 
 MAX_REPORTED_SENDERS: Final = 8
 """Addresses named in one report; a faked sender costs nothing, a log line does."""
@@ -241,6 +241,7 @@ class Intake:
         self._names: dict[str, float] = {}
         self._report_at: dict[Reason, float] = {}
         self._unreported: Counter[Reason] = Counter()
+        self._details: dict[Reason, str] = {}
         self._senders: dict[Reason, dict[str, None]] = {reason: {} for reason in get_args(Reason)}
         self.heartbeats = 0
         """Packets that named a node, ourselves included."""
@@ -273,16 +274,23 @@ class Intake:
     def _ignore(self, reason: Reason, sender: str, detail: str, now: float) -> Heard:
         self.ignored[reason] += 1
         self._unreported[reason] += 1
+        self._details[reason] = detail
         senders = self._senders[reason]
         if len(senders) < MAX_REPORTED_SENDERS:
             senders[sender] = None
-        flooded = reason == "flood"
-        if now < self._report_at.get(reason, now):
-            return Heard(flooded=flooded)
+        report = None if now < self._report_at.get(reason, now) else self._report(reason, now)
+        return Heard(report=report, flooded=reason == "flood")
+
+    def reports(self, now: float) -> list[IgnoredReport]:
+        """What is to be said by now about packets that came after a report."""
+        return [self._report(reason, now) for reason in list(self._unreported) if now >= self._report_at[reason]]
+
+    def _report(self, reason: Reason, now: float) -> IgnoredReport:
         self._report_at[reason] = now + REPORT_EVERY_S
-        report = IgnoredReport(reason, self._unreported.pop(reason), tuple(senders), detail)
+        senders = self._senders[reason]
+        report = IgnoredReport(reason, self._unreported.pop(reason), tuple(senders), self._details[reason])
         senders.clear()
-        return Heard(report=report, flooded=flooded)
+        return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,8 +387,11 @@ class Gossip:
         )
 
     def _heartbeat(self) -> None:
+        loop = asyncio.get_running_loop()
         interval_s = self._random.uniform(MIN_INTERVAL_S, MAX_INTERVAL_S)
-        self._timer = asyncio.get_running_loop().call_later(interval_s, self._heartbeat)
+        self._timer = loop.call_later(interval_s, self._heartbeat)
+        for report in self.intake.reports(loop.time()):
+            self._say(report)
         try:
             if self._socket is None:
                 self._socket = open_socket(self._options)
@@ -446,17 +457,19 @@ class Gossip:
 
     def _act(self, heard: Heard) -> None:
         if heard.report is not None:
-            report = heard.report
-            self._log.warning(
-                "gossip_packets_ignored",
-                why=report.reason,
-                packets=report.packets,
-                senders=list(report.senders),
-                detail=report.detail,
-                hint=HINTS[report.reason],
-            )
+            self._say(heard.report)
         if heard.node is not None and self._connector is not None:
             self._connector.want(heard.node, "gossip", forever=False)
+
+    def _say(self, report: IgnoredReport) -> None:
+        self._log.warning(
+            "gossip_packets_ignored",
+            why=report.reason,
+            packets=report.packets,
+            senders=list(report.senders),
+            detail=report.detail,
+            hint=HINTS[report.reason],
+        )
 
 
 def open_socket(options: GossipOptions) -> socket.socket:
