@@ -188,6 +188,7 @@ class StoreNode:
             exports.add("khepri", function, lambda *_: None, arities=[arity])
         exports.add("khepri", "fence", self._fence)
         exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
+        exports.add("ra", "key_metrics", self._key_metrics)
         exports.add("timer", "tc", self._timed)
         exports.add("erl_scan", "string", lambda text: (schema.OK, [], 1))
         exports.add("erl_parse", "parse_exprs", lambda tokens: (schema.OK, [Atom("guarded_append")]))
@@ -202,9 +203,18 @@ class StoreNode:
         return (200, await self._child_list_length(*arguments))
 
     async def _child_list_length(self, store: Atom, path: Term, options: Term) -> Term:
-        _, stream = path
-        ok, version = await self.cluster.ask(("get_version", store, stream))
-        return (ok, {tuple(path): {Atom("child_list_length"): version + 1}} if version >= 0 else {})
+        _, which = path
+        streams = (
+            {Atom("if_any"): which[1], Atom("if_node_exists"): None}[which[0]] if type(which) is tuple else [which]
+        )
+        answer: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+        self.cluster.stores.stream_counts(store, streams, answer.set_result)
+        ok, counts = await answer
+        found = {(path[0], stream): {Atom("child_list_length"): count} for stream, count in counts.items() if count}
+        return (ok, found)
+
+    def _key_metrics(self, server: Term) -> Term:
+        return {Atom("last_applied"): self.cluster.stores.committed(server[0])}
 
     async def _evaluate(self, forms: Term, bindings: Term) -> Term:
         assert forms == [Atom("guarded_append")]
@@ -269,6 +279,10 @@ class Cluster:
         self._always: dict[str, Step] = {}
         self._numbers = 0
 
+    async def make_anew(self, directory: Path) -> None:
+        """Another store in the place of this one, with nothing in it."""
+        self.stores = await made_anew(self.stores, directory)
+
     async def append_guarded(self, store: Atom, stream: bytes, first: int, events: Term, *, again: bool) -> Term:
         """Put one event after the other where nothing is, until one is refused."""
         for number, each in enumerate(events, first):
@@ -278,7 +292,7 @@ class Cluster:
             _, found = await self.ask(("get_events", store, stream, number, 1, schema.FORWARD))
             if again and found and found[0][schema.EVENT_ID] == each[schema.EVENT_ID]:
                 continue
-            return (Atom("refused"), number, reason[1] + 1)
+            return (Atom("refused" if found else "ahead"), number, reason[1] + 1)
         return (Atom("written"), first + len(events) - 1)
 
     async def append_first(self, store: Atom, stream: bytes, first: int, events: Term) -> Term:
@@ -337,6 +351,14 @@ class Cluster:
         return [worker for worker, request in self.requests if request[0] is Atom(op)]
 
 
+async def made_anew(stores: EmbeddedStores, directory: Path) -> EmbeddedStores:
+    """Empty stores of the same names, in the place of these."""
+    others = EmbeddedStores(directory, [StoreOptions(STORE.name)], node=Atom("store@127.0.0.1"))
+    others.start(asyncio.get_running_loop())
+    await stores.close()
+    return others
+
+
 @asynccontextmanager
 async def open_cluster(
     directory: Path,
@@ -366,7 +388,7 @@ async def open_cluster(
         # The first node has the EPMD.
         for member in reversed(cluster.nodes):
             await member.stop()
-        await embedded.close()
+        await cluster.stores.close()
 
 
 # Gateways

@@ -4,6 +4,9 @@ One schedule is decided by one seed. `Simulation(seed).run()` raises AssertionEr
 every wanted event is delivered at least once and in order within its stream, nothing that was acknowledged comes again
 (but after a crash what was acknowledged since the last checkpoint), no checkpoint is ahead of acknowledgement, windows
 and buffers hold, and when all faults are over everything is dealt with and the engine comes to rest.
+
+Streams are deleted, and the whole store is made anew: what is stored after that is as new as all of it was at first. A
+member that merely lags must not be taken for that.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any
 
@@ -55,6 +58,21 @@ class Sub:
     incarnations: int = 0
     stopped: bool = False
     stops: int = 0
+    era: int = 0
+    """How often streams began anew: writes that were begun before do not count."""
+    lowered: set[bytes] = field(default_factory=set)
+    """Streams that began anew since they were saved."""
+
+    def lose(self, stream: bytes) -> None:
+        """Nothing has been said about the events of this stream."""
+        for places in (self.parked, self.delivered):
+            for at in [at for at in places if at[0] == stream]:
+                del places[at]
+        self.done = {at for at in self.done if at[0] != stream}
+        self.parking = {at for at in self.parking if at[0] != stream}
+        self.last = {to: number for to, number in self.last.items() if to[1] != stream}
+        for of_stream in (self.matching, self.first, self.skipped_by_checkpoint):
+            of_stream.pop(stream, None)
 
     @property
     def lowest(self) -> int:
@@ -77,7 +95,7 @@ class Simulation:
         self.steps = 0
         self.store: dict[bytes, list[Event]] = {}
         self.epoch = 0
-        self.index = 0
+        self.index = 1_000_000
         self.queue: list[tuple[float, int, Any]] = []
         self.serial = 0
         self.life = 0
@@ -93,7 +111,10 @@ class Simulation:
         self.hang = rng.choice([0.0, 0.1])
         self.crashes = rng.choice([0, 0, 1, 3])
         self.deaths = rng.choice([0, 2, 5])
+        self.losses = rng.choice([0, 0, 1, 2])
+        self.lost: set[bytes] = set()
         streams = rng.choice([1, 3, 8])
+        self.subs: dict[str, Sub] = {}
         self.streams = [b"s%d" % number for number in range(streams)]
         self.appends = rng.choice([5, 30, 80])
         for _ in range(rng.choice([0, 0, 10, 40])):
@@ -130,6 +151,9 @@ class Simulation:
     def append(self, *, hinted: bool = True) -> None:
         rng = self.random
         stream = rng.choice(self.streams)
+        if self.is_in_doubt(stream):
+            # Had it as many events as before, nobody could know that they are others.
+            return
         events = self.store.setdefault(stream, [])
         new = []
         for _ in range(rng.choice([1, 1, 1, 5])):
@@ -152,6 +176,54 @@ class Simulation:
                     self.later(late, p.Hint(stream, new[-1].number, carried))
         if rng.random() < 0.05:
             self.later(0.0, p.Hint(rng.choice([stream, b"nowhere"]), 10**6))
+
+    def lose(self, *, whole: bool) -> None:
+        """A stream is deleted, or the store is made anew."""
+        lost = self.streams if whole else [self.random.choice(self.streams)]
+        for stream in lost:
+            self.store.pop(stream, None)
+        self.queue = [
+            entry for entry in self.queue if not (isinstance(entry[2][1], p.Hint) and entry[2][1].stream in lost)
+        ]
+        heapify(self.queue)
+        self.index += 1
+        for sub in self.subs.values():
+            for stream in lost:
+                sub.lose(stream)
+        self.lost.update(lost)
+        if whole:
+            # No later index of it is as high as one of this.
+            self.index //= 1000
+            for sub in self.subs.values():
+                sub.saved = None
+                sub.lowered.clear()
+
+    def lose_again(self, sub: Sub, streams: Iterable[bytes]) -> None:
+        """The engine has noticed. What it delivered before that comes again, lest something be missed."""
+        for stream in streams:
+            assert stream in self.lost or stream == b"nowhere", f"{stream!r} begins anew, and nothing of it was lost"
+            sub.lose(stream)
+
+    @property
+    def unnoticed(self) -> bool:
+        """Whether the store has been made anew and the engine could know it, but does not yet."""
+        return self.feed is not None and self.feed._highest_index > self.index
+
+    def is_in_doubt(self, stream: bytes) -> bool:
+        """Whether the engine takes a stream for the one that was deleted."""
+        count = len(self.store.get(stream, ()))
+        if self.feed is None:
+            return any((sub.saved or {}).get(stream, 0) > max(count, sub.lowest) for sub in self.subs.values())
+        subscriptions = self.feed._subscriptions.values()
+        return not self.unnoticed and (
+            self.feed._end(stream) > count
+            or any(each.floor(stream) > max(count, each._lowest) for each in subscriptions)
+        )
+
+    def is_stored(self, event: Event) -> bool:
+        """Whether an event is in the store, and not one of that number from before."""
+        events = self.store.get(event.stream, [])
+        return event.number < len(events) and events[event.number] is event
 
     def later(self, delay: float, what: Any) -> None:
         self.serial += 1
@@ -194,6 +266,8 @@ class Simulation:
                 saved = sub.saved or {}
                 sub.done = {(stream, number) for stream, number in sub.done if number < saved.get(stream, sub.lowest)}
                 sub.parked = {at: event for at, event in sub.parked.items() if at in sub.done}
+            if sub.saved is None:
+                sub.started = False
             for _ in range(sub.subscribers):
                 self.join(sub)
 
@@ -201,7 +275,7 @@ class Simulation:
         # What was on its way to the store may still arrive there.
         for _, _, (life, what) in list(self.queue):
             if life == self.life and isinstance(what, tuple) and what[0] == "save" and self.random.random() < 0.5:
-                self.store_checkpoint(what[1])
+                self.store_checkpoint(*what[1:])
         self.feed = None
         self.life += 1
 
@@ -262,10 +336,18 @@ class Simulation:
                 self.delivered(self.subs[str(key)], str(subscriber), events)
             case p.SaveCheckpoint(key, _, positions):
                 self.check_checkpoint(self.subs[str(key)], positions)
-                self.soon(("save", effect))
+                self.soon(("save", effect, self.subs[str(key)].era))
+            case p.BeginAnew(key, streams):
+                self.subs[str(key)].era += 1
+                self.subs[str(key)].lowered.update(streams)
+                self.lose_again(self.subs[str(key)], streams)
+            case p.Log("events_lost_by_store", fields):
+                for sub in self.subs.values():
+                    self.lose_again(sub, self.streams if fields["whole"] else fields["streams"])
             case p.Park(key, event, _, _):
-                self.subs[str(key)].parking.add((event.stream, event.number))
-                self.soon(("park", effect))
+                if self.is_stored(event):
+                    self.subs[str(key)].parking.add((event.stream, event.number))
+                self.soon(("park", effect, self.subs[str(key)].era))
             case p.DropParked(key, stream, number):
                 del self.subs[str(key)].parked[stream, number]
             case p.Started(key):
@@ -292,19 +374,24 @@ class Simulation:
                 if lag and len(page) > 2:
                     del page[rng.randrange(len(page))]
                 self.soon(p.Page(token, None if fails else page))
-            case p.ReadCounts(token, streams):
+            case p.ReadCounts(token, streams, certain):
+                if certain:
+                    lag = 0
                 names = self.store if streams is None else streams
                 counts = {name: max(0, len(self.store.get(name, ())) - lag) for name in names}
-                self.soon(p.Counts(token, None if fails else counts, 0.01))
+                self.soon(p.Counts(token, None if fails else counts, 0.01, 0.0, self.index if certain else None))
             case p.ReadIndex(token):
                 # The index of a member that lags would be asked for again when it has caught up.
                 self.soon(p.Index(token, None if fails else self.index))
 
-    def store_checkpoint(self, effect: p.SaveCheckpoint) -> None:
+    def store_checkpoint(self, effect: p.SaveCheckpoint, era: int) -> None:
         sub = self.subs[str(effect.key)]
+        if era != sub.era:
+            return
         saved = sub.saved if sub.saved is not None else {}
         for stream, number in effect.positions.items():
-            saved[stream] = max(number, saved.get(stream, 0))
+            saved[stream] = number if stream in sub.lowered else max(number, saved.get(stream, 0))
+            sub.lowered.discard(stream)
         sub.saved = saved
 
     # Promises
@@ -322,8 +409,8 @@ class Simulation:
         for event in events:
             at = (event.stream, event.number)
             assert sub.matcher.wants(event), f"{sub.key} did not ask for {event}"
-            if at in sub.parked:
-                # Replayed: the order of its stream is behind it.
+            if not self.is_stored(event) or at in sub.parked or self.unnoticed:
+                # Replayed: the order of its stream is behind it; or of a stream that is gone, or comes again from 0.
                 self.handle(sub, subscriber, event)
                 continue
             if sub.spec.persistent:
@@ -361,6 +448,8 @@ class Simulation:
     def check_checkpoint(self, sub: Sub, positions: dict[bytes, int]) -> None:
         assert sub.spec.persistent
         for stream, number in positions.items():
+            if self.unnoticed or self.is_in_doubt(stream):
+                continue
             for event in self.wanted(sub, stream):
                 if event.number < number:
                     at = (stream, event.number)
@@ -395,7 +484,7 @@ class Simulation:
         if action is None or action is Action.SKIP:
             # What waits to be delivered again can be acknowledged, but not skipped.
             counts = ("IN_FLIGHT", "WAITING") if action is None else ("IN_FLIGHT",)
-            if entry is not None and entry.state.name in counts:
+            if entry is not None and entry.state.name in counts and self.is_stored(entry.event):
                 sub.done.add(at)
         if action is None:
             self.feed_in(p.Ack(sub.key, event.stream, event.number))
@@ -421,6 +510,8 @@ class Simulation:
             self.later_in_world(rng.random() * at, "death")
         for _ in range(self.crashes):
             self.later_in_world(rng.random() * at, "crash")
+        for _ in range(self.losses):
+            self.later_in_world(rng.random() * at, ("lose", rng.random() < 0.5))
         self.later_in_world(at + 1.0, "calm")
         self.loop(at + 1.0)
         self.loop(at + 2_000.0, until_quiet=True)
@@ -461,8 +552,11 @@ class Simulation:
         match what:
             case "append":
                 self.append()
+            case ("lose", bool(whole)):
+                self.lose(whole=whole)
             case "crash":
-                if self.feed is not None:
+                # What began anew is saved at once; if it cannot be, nobody after that could know.
+                if self.feed is not None and not self.unnoticed and not any(sub.lowered for sub in self.subs.values()):
                     self.gateway_crash()
                     self.later_in_world(self.now + self.random.choice([0.0, 1.0]), "up")
             case "up":
@@ -477,14 +571,14 @@ class Simulation:
                     self.join(self.subs[key])
             case ("read", effect):
                 self.answer(effect)
-            case ("save", p.SaveCheckpoint() as effect):
-                ok = self.calm or self.random.random() >= self.save_failure
+            case ("save", p.SaveCheckpoint() as effect, int(era)):
+                ok = era == self.subs[str(effect.key)].era and (self.calm or self.random.random() >= self.save_failure)
                 if ok:
-                    self.store_checkpoint(effect)
+                    self.store_checkpoint(effect, era)
                 self.soon(p.Saved(effect.key, effect.token, ok))
-            case ("park", p.Park(key, event, _, _)):
-                ok = self.calm or self.random.random() >= self.save_failure
-                if ok:
+            case ("park", p.Park(key, event, _, _), int(era)):
+                ok = era == self.subs[str(key)].era and (self.calm or self.random.random() >= self.save_failure)
+                if ok and self.is_stored(event):
                     sub = self.subs[str(key)]
                     if str(key) in (self.feed or ()):
                         sub.parked[event.stream, event.number] = event
@@ -535,7 +629,7 @@ class Simulation:
         return found
 
     def is_quiet(self) -> bool:
-        if self.feed is None or not self.calm:
+        if self.feed is None or not self.calm or self.unnoticed:
             return False
         for sub in self.subs.values():
             status = self.feed.status(sub.key)
@@ -553,7 +647,7 @@ class Simulation:
                     if sub.spec.persistent:
                         assert sub.delivered[at] or at in sub.parked, f"{event} was never delivered to {sub.key}"
                 if sub.saved is not None:
-                    assert sub.saved.get(stream, 0) <= len(events)
+                    assert sub.saved.get(stream, 0) <= max(len(events), sub.lowest)
                 if sub.spec.persistent:
                     for event in self.wanted(sub, stream):
                         assert event.number < (sub.saved or {}).get(stream, 0), f"{event} is not in the checkpoint"

@@ -66,6 +66,8 @@ class Driver:
         self.effects: list[p.Effect] = []
         self.index = 1
         self.answers = True
+        self.lag = 0
+        """Events that the member of the store lacks which counts, unless it is to be certain."""
         self.saves = True
 
     def __call__(self, *inputs: p.Input) -> list[p.Effect]:
@@ -78,9 +80,10 @@ class Driver:
                 match effect:
                     case p.ReadPage(token, stream, first, count) if self.answers:
                         todo.append(p.Page(token, self.store.get(stream.decode(), [])[first : first + count]))
-                    case p.ReadCounts(token, _) if self.answers:
-                        counts = {name.encode(): len(events) for name, events in self.store.items()}
-                        todo.append(p.Counts(token, counts, 0.001))
+                    case p.ReadCounts(token, _, certain) if self.answers:
+                        lag = 0 if certain else self.lag
+                        counts = {name.encode(): len(events) - lag for name, events in self.store.items()}
+                        todo.append(p.Counts(token, counts, 0.001, 0.0, self.index if certain else None))
                     case p.ReadIndex(token) if self.answers:
                         todo.append(p.Index(token, self.index))
                     case p.SaveCheckpoint(key, token, _) if self.saves:
@@ -200,9 +203,9 @@ def test_saved_positions_are_where_it_goes_on() -> None:
 
 
 def test_positions_ahead_of_a_store_that_lags_are_kept() -> None:
-    driver = Driver(a=1)
-    driver.subscribe("s", Spec(schema.BY_STREAM, b"$all", persistent=True), a=2)
-    assert got(driver.append("a")) == []
+    driver = Driver(a=2)
+    driver.lag = 1
+    assert got(driver.subscribe("s", Spec(schema.BY_STREAM, b"$all", persistent=True), a=2)) == []
     assert got(driver.append("a")) == ["a/2"]
 
 
@@ -787,3 +790,86 @@ def test_pages_are_bounded() -> None:
     driver.subscribe("s", slow(auto_ack=True, window=10_000))
     assert max(read.count for read in of(p.ReadPage, driver.effects)) == PAGE_EVENTS
     assert len(got(driver.effects)) == 1000
+
+
+# A store that has lost events
+
+
+@pytest.mark.parametrize("selector", [b"$all", b"$a"])
+@pytest.mark.parametrize("left", [{}, {"a": 2}, {"b": 1}])
+def test_a_store_that_was_made_anew_is_delivered_from_its_beginning(selector: bytes, left: dict[str, int]) -> None:
+    driver = Driver(a=5)
+    driver.index = 100
+    driver.subscribe("s", Spec(schema.BY_STREAM, selector, options=Options(auto_ack=True)))
+    driver.after(1.0)
+    driver.store = {name: [event(name, number) for number in range(count)] for name, count in left.items()}
+    driver.index = 3
+    effects = driver.after(10.0)
+    wanted = [f"{name}/{number}" for name, count in left.items() for number in range(count)]
+    assert got(effects) == [each for each in wanted if selector == b"$all" or each.startswith("a/")]
+    assert [each.fields["whole"] for each in of(p.Log, effects)] == [True]
+    assert got(driver.append("a")) == [f"a/{left.get('a', 0)}"]
+
+
+def test_where_no_index_tells_fewer_events_than_were_delivered_begin_a_stream_anew() -> None:
+    driver = Driver(a=5, b=2)
+    driver.subscribe("s", Spec(schema.BY_STREAM, b"$all", persistent=True))
+    driver.after(1.0)
+    driver.store["a"] = driver.store["a"][:3]
+    driver.index += 1
+    effects = driver.after(10.0)
+    assert got(effects) == ["a/0", "a/1", "a/2"]
+    assert [log.fields for log in of(p.Log, effects)] == [{"streams": [b"a"], "count": 1, "whole": False}]
+    assert [list(each.streams) for each in of(p.BeginAnew, effects)] == [[b"a"]]
+    assert of(p.SaveCheckpoint, effects)[0].positions == {b"a": 0}
+
+
+def test_a_member_that_lags_behind_makes_no_stream_begin_anew() -> None:
+    driver = Driver(a=5)
+    driver.index = 100
+    driver.subscribe("s")
+    driver.after(1.0)
+    driver.lag = 2
+    driver.index = 90
+    driver.after(1.0)
+    driver.index = 101
+    effects = driver.after(20.0)
+    assert any(asked.certain for asked in of(p.ReadCounts, driver.effects))
+    assert not got(effects)
+    assert not of(p.Log, effects)
+
+
+def test_what_is_on_its_way_of_a_stream_that_begins_anew_is_forgotten() -> None:
+    driver = Driver(a=5)
+    driver.index = 100
+    driver.subscribe("s", Spec(schema.BY_STREAM, b"$all", persistent=True, options=Options(window=4)))
+    driver(p.Nack("s", b"a", 0, Action.PARK), p.Nack("s", b"a", 1, Action.RETRY))
+    driver.store = {"a": [event("a", 0)]}
+    driver.index = 1
+    assert got(driver.after(10.0))[-1] == "a/0"
+    status = driver.feed.status("s")
+    assert status is not None
+    assert (status.in_flight, status.state) == (1, "live")
+    effects = driver(p.Ack("s", b"a", 0))
+    effects += driver.after(2.0)
+    assert of(p.SaveCheckpoint, effects)[-1].positions == {b"a": 1}
+    for _ in range(3):
+        driver.append("a")
+    assert got(driver.effects)[-3:] == ["a/1", "a/2", "a/3"]
+
+
+def test_a_checkpoint_ahead_of_its_stream_is_of_another_one() -> None:
+    driver = Driver(a=2)
+    effects = driver.subscribe("s", Spec(schema.BY_STREAM, b"$a", persistent=True), a=5)
+    assert got(effects) == ["a/0", "a/1"]
+    assert [list(each.streams) for each in of(p.BeginAnew, effects)] == [[b"a"]]
+
+
+def test_a_checkpoint_ahead_of_the_member_that_counts_stays() -> None:
+    driver = Driver(a=5)
+    driver.lag = 2
+    effects = driver.subscribe("s", Spec(schema.BY_STREAM, b"$a", persistent=True), a=5)
+    effects += driver.after(10.0)
+    assert not got(effects)
+    assert not of(p.BeginAnew, effects)
+    assert got(driver.append("a")) == ["a/5"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from gateway_kit import (
     connected,
     function_door,
     gateway,
+    made_anew,
     open_cluster,
     tell_server,
 )
@@ -38,6 +39,7 @@ from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.messages import Broadcast
+from gater.store import EmbeddedStores
 from gater.system import System
 
 OK = schema.OK
@@ -253,6 +255,73 @@ async def test_who_comes_back_does_not_choose_anew_where_it_begins(tmp_path: Pat
         assert (await house.subscribe(me, BY_STREAM, b"$all", b"p", start_from=then))[0] is OK
         await me.has(4 - first)
         assert me.seen == [(b"s", number) for number in range(first, 4)]
+
+
+async def test_an_embedded_store_that_was_made_anew_is_delivered_from_its_beginning(
+    house: House, tmp_path: Path
+) -> None:
+    service = house.system.service
+    assert service.embedded is not None
+
+    async def make_anew() -> None:
+        assert service.embedded is not None
+        service.embedded = await made_anew(service.embedded, tmp_path / "anew")
+
+    try:
+        await check_made_anew(house, make_anew, service.embedded)
+    finally:
+        await service.embedded.close()
+
+
+@pytest.mark.parametrize("khepri", [True, False])
+async def test_a_store_that_was_made_anew_is_delivered_from_its_beginning(
+    tmp_path: Path, khepri: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.poll.BLIND_S", 0.1)
+    monkeypatch.setattr("gater.api.subscriptions.reads.CONFIRM_S", 0.1)
+    async with (
+        open_cluster(tmp_path, nodes=2, khepri=khepri) as cluster,
+        gateway(cluster) as system,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(system, cluster)
+        house = House(system, caller, function_door(caller, system))
+        await check_made_anew(house, lambda: cluster.make_anew(tmp_path / "anew"), cluster.stores if khepri else None)
+
+
+async def check_made_anew(
+    house: House, make_anew: Callable[[], Awaitable[None]], indexed: EmbeddedStores | None
+) -> None:
+    """`indexed` tells its index: then streams that have as many events as before are known to be others."""
+    me, transient = subscriber(house.caller), subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$all", b"p", auto_ack=True))[0] is OK
+    assert (await house.subscribe(transient, BY_STREAM, b"$s", b"transient", auto_ack=True))[0] is OK
+    for number in range(4):
+        await house.append(b"s", "old")
+        await house.append(b"t%d" % number, "old")
+    await me.has(8)
+    await transient.has(4)
+    new = {b"s": 2}
+    if indexed is not None:
+        new[b"t0"] = 1
+        feed = house.system.subscriptions.feed(STORE)._feed
+        await wait_until(lambda: feed._highest_index == indexed.committed(STORE), "the index to have been read")
+    await make_anew()
+    for stream, count in new.items():
+        await house.append(stream, *["new"] * count)
+    await me.has(8 + sum(new.values()))
+    assert sorted(me.seen[8:]) == [(stream, number) for stream in new for number in range(new[stream])]
+    await transient.has(6)
+    assert transient.seen[4:] == [(b"s", 0), (b"s", 1)]
+
+    async def kept() -> bool:
+        _, records = await house.ask("get_subscriptions", STORE)
+        _, snapshots = await house.ask("list_snapshots", STORE, b"gater.checkpoint", b"p")
+        positions = [record[Atom("positions")] for record in snapshots.values()]
+        named = [each[Atom("subscription_name")] for each in records.values()]
+        return b"p" in named and bool(positions) and positions[0] == dict.fromkeys(positions[0], 0) | new
+
+    await wait_until(kept, "record and checkpoint to be saved again")
 
 
 async def test_a_subscription_goes_on_when_the_process_that_stands_for_it_dies(house: House) -> None:

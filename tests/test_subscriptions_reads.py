@@ -33,8 +33,9 @@ class Members:
         self.said = said
         self.counted: list[int] = []
         for index, each in enumerate(house.cluster.nodes):
-            each.node.exports.add("ra", "key_metrics", lambda server, i=index: {LAST_APPLIED: self._of(i)[0]})
             exports = each.node.exports
+            del exports._functions[Atom("ra"), Atom("key_metrics"), 1]
+            exports.add("ra", "key_metrics", lambda server, i=index: {LAST_APPLIED: self._of(i)[0]})
             del exports._functions[Atom("timer"), Atom("tc"), 3]
             exports.add("timer", "tc", lambda *asked, i=index: (24_000, self._count(i)), arities=[3])
 

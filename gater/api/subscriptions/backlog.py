@@ -171,6 +171,12 @@ class Backlog:
             if len(lane.buffer) == 1:
                 self._know(lane)
 
+    def begin_anew(self, stream: bytes) -> None:
+        """Forget the stream: its events are not in the store any more."""
+        lane = self._lanes.get(stream)
+        if lane is not None:
+            self._remove(lane)
+
     # Catching up
 
     def first(self) -> Event | None:

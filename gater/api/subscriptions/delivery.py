@@ -273,6 +273,19 @@ class Delivery:
             entry.due = now + PARK_AGAIN_S
             self.wake = min(self.wake, entry.due)
 
+    def begin_anew(self, stream: bytes) -> None:
+        """The events of this stream are not in the store any more: forget those that are not done."""
+        for entry in [entry for entry in self._entries.values() if entry.event.stream == stream]:
+            if entry.state is State.PARKING:
+                self._fetch_back(entry)
+            elif entry.state is State.WAITING and not entry.replayed:
+                self._release(entry)
+            self._leave_subscriber(entry)
+            self._forget(entry)
+        self._replays = deque(entry for entry in self._replays if entry.state is not State.DONE)
+        self._streams.pop(stream, None)
+        self._owners.pop(stream, None)
+
     # Time
 
     def pump(self, now: float) -> None:

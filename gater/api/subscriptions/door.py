@@ -63,6 +63,9 @@ TAKE_OVER_S: Final = 600.0
 TRY_AGAIN_S: Final = 0.1
 """Before another attempt: the owner is going, or the store does not answer."""
 
+SAVE_AGAIN_S: Final = 1.0
+"""Before another attempt to save what a store may have lost."""
+
 MAX_SUBSCRIBERS: Final = 1_000
 """Who share one subscription: each is watched, and all stand together in Swarm's registry."""
 
@@ -74,6 +77,7 @@ GATER_API: Final = Atom("gater_api")
 
 _SUBSCRIBER: Final = Atom("subscriber")
 _SUBSCRIBERS: Final = Atom("subscribers")
+_SUBSCRIPTION_NAME: Final = Atom("subscription_name")
 _TYPE: Final = Atom("type")
 _SELECTOR: Final = Atom("selector")
 _OPTIONS: Final = Atom("options")
@@ -207,6 +211,7 @@ class Subscriptions:
             feed = self._feeds[store] = StoreFeed(self._service, store)
             feed.sharers = lambda: 1 + len(self._other_gateways())
             feed.on_subscribers = lambda key: self._subscribers_changed(store, key)
+            feed.on_anew = lambda key: self._store_lost(store, key)
             if self._pubsub is not None:
                 server = self._pubsub[self._events_server]
                 self._unsubscribe.append(
@@ -536,8 +541,7 @@ class Subscriptions:
                 await asyncio.sleep(TRY_AGAIN_S)
                 positions = await self._load(saved, store)
             if positions is None:
-                record = schema.Subscription(spec.kind, spec.selector, name.decode(), first)
-                self._service.cast(schema.save_subscription_cast(store, record), _ignore)
+                self._save_record(owned, first)
                 if spec.start is not Start.NOW and not await saved.save({}):
                     refusal = self._service.write_refusal(store)
                     raise _Refused(refusal or schema.storage_failed("the store did not save the subscription"))
@@ -570,6 +574,30 @@ class Subscriptions:
             if refusal is None:
                 raise
             raise _Refused(refusal) from None
+
+    def _store_lost(self, store: Atom, key: Key) -> None:
+        """The store has lost events: it may have lost what is saved of this subscription too."""
+        owned = self._owned.get((store, key)) if type(key) is bytes else None
+        if owned is not None:
+            self._spawn(self._save_again(owned))
+
+    async def _save_again(self, owned: _Owned) -> None:
+        feed, store = self.feed(owned.store), owned.store
+        until = asyncio.get_running_loop().time() + TAKE_OVER_S
+        while self._owned.get((store, owned.name)) is owned and asyncio.get_running_loop().time() < until:
+            saved = feed.saved.get(owned.name)
+            listed = await feed.reads.reply(schema.store_request("get_subscriptions", store))
+            if saved is not None and listed[0] is schema.OK and await saved.save({}):
+                names = {_name_in(record) for record in listed[1].values()}
+                if owned.name not in names:
+                    self._save_record(owned, saved.start)
+                return
+            await asyncio.sleep(SAVE_AGAIN_S)
+
+    def _save_record(self, owned: _Owned, first: int) -> None:
+        """Have the store keep the subscription as it keeps its own."""
+        record = schema.Subscription(owned.spec.kind, owned.spec.selector, owned.name.decode(), first)
+        self._service.cast(schema.save_subscription_cast(owned.store, record), _ignore)
 
     def _listen(self, owned: _Owned) -> None:
         """The store's emitters, where there are any, broadcast the events of a saved subscription on a topic of its
@@ -809,6 +837,10 @@ async def _flushed(saved: SavedState | None) -> None:
 async def _outcome(ready: asyncio.Future[None]) -> None:
     """Wait for a future that others wait for too: giving up must not end it."""
     await asyncio.shield(ready)
+
+
+def _name_in(record: Term) -> Term:
+    return record.get(_SUBSCRIPTION_NAME) if isinstance(record, Mapping) else None
 
 
 def _spec(kind: Atom, selector: Term, options: Mapping[Term, Term], *, persistent: bool) -> Spec:

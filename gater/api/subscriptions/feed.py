@@ -12,15 +12,21 @@ stream (`Backlog`) and read for themselves later. A stream that nobody can take 
 A subscription starts when the feed has counted the streams that concern it; from then on `next` stands for its position
 everywhere but in its lanes.
 
+A store may lose events: it is wiped or made anew, a stream is deleted and created again. Then it has fewer events than
+`next` says, or than a subscription came with, or its Raft index has gone back. So says a member that lags behind too:
+that is a *doubt*, until a `certain` count ends it. If it is true, the streams (if the index has gone back: all) begin
+anew, from 0, and what was saved about them counts no longer (`BeginAnew`). A stream that has got as many events again
+before anybody has looked cannot be told from the old one, unless the index tells.
+
 Pure: `receive(input, now)` returns the effects; `deadline` says when a `Tick` is due.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
-from itertools import chain
-from typing import Any, Final
+from itertools import chain, islice
+from typing import Any, Final, NamedTuple
 
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.backlog import GAP_READS, READ_AGAIN_S, SHARED_BYTES, SHARED_ROOM, Shares
@@ -54,8 +60,32 @@ MAX_VAIN_READS: Final = 6
 counted once more."""
 
 
+DOUBT_AGAIN_S: Final = 1.0
+"""Between the answer to a certain count and the next one, as long as there are doubts."""
+
+CERTAIN_ANSWER_S: Final = 20.0
+"""After this time a certain count counts as failed, whoever should have answered it."""
+
+MAX_DOUBTFUL: Final = 1_000
+"""Streams that a certain count names; if there are more of them all streams are counted."""
+
+MAX_NAMED: Final = 10
+"""Streams that a line of the log names."""
+
 MAX_DIRTY: Final = 1_000_000
 """Streams said to have moved and not yet read. Further hints are dropped; the poll finds what they were about."""
+
+
+class _Doubt(NamedTuple):
+    """What a certain count was asked for."""
+
+    token: int
+    streams: tuple[bytes, ...] | None
+    ends: dict[bytes, int]
+    """What was `next` of the streams."""
+    highest: int
+    """The highest index that had been seen."""
+    ahead: list[tuple[Subscription, dict[bytes, int]]]
 
 
 class Feed:
@@ -90,6 +120,20 @@ class Feed:
         self._index_token = 0
         self._counts_token = 0
         self._counts_streams: tuple[bytes, ...] | None = None
+        self._counts_since = 0
+        """The last move of the feed before the count under way ..."""
+        self._counted_since = 0
+        """... and before the count before that: what has moved since then may be ahead of the member that counts."""
+        self._doubtful: dict[bytes, None] = {}
+        """Streams that are said to have fewer events than `_next`."""
+        self._ahead: dict[Key, Subscription] = {}
+        """Subscriptions that came with numbers the feed had not come to."""
+        self._highest_index = -1
+        self._doubts_store = False
+        """Whether the index is said to be below `_highest_index`."""
+        self._doubt: _Doubt | None = None
+        self._doubt_at = now
+        """When a certain count may be asked for, or asked for again."""
         self._starting: dict[Key, Subscription] = {}
         self._start_token = 0
         self._start_streams: tuple[bytes, ...] | None = None
@@ -141,6 +185,8 @@ class Feed:
             found = self._poll.deadline(self._now)
         if self._starting:
             found = min(found, self._start_at)
+        if self._has_doubts:
+            found = min(found, self._doubt_at)
         if self._wakes:
             found = min(found, self._wakes[0][0])
         if self._paused:
@@ -218,6 +264,8 @@ class Feed:
         subscription.start(counts, list(self._next) if stream is None else [stream], self._now)
         if not subscription.must_save_start:
             self._effects.append(Started(subscription.key))
+        if subscription.ahead():
+            self._ahead[subscription.key] = subscription
         self._touch(subscription)
 
     def _drop(self, subscription: Subscription) -> None:
@@ -228,6 +276,7 @@ class Feed:
         for subscriber in subscription.delivery.subscribers:
             self._leave(subscriber, key)
         self._starting.pop(key, None)
+        self._ahead.pop(key, None)
         self._touched.pop(key, None)
         self._hungry.pop(key, None)
         group = self._group(matcher)
@@ -248,6 +297,10 @@ class Feed:
             self._poll = None
             self._wakes.clear()
             self._paused.clear()
+            self._doubtful.clear()
+            self._highest_index = -1
+            self._doubts_store = False
+            self._doubt = None
 
     def _forget_stream(self, stream: bytes) -> None:
         self._next.pop(stream, None)
@@ -510,7 +563,8 @@ class Feed:
             self._effects.append(ReadIndex(self._index_token))
         if poll.counts_due(now):
             self._counts_token = self._new_token()
-            self._counts_streams = None if self._of_all or self._of_type else tuple(self._of_stream)
+            self._counts_streams = self._followed
+            self._counts_since = self._sequence
             self._effects.append(ReadCounts(self._counts_token, self._counts_streams))
         if self._starting and now >= self._start_at:
             self._start_token = self._new_token()
@@ -519,20 +573,33 @@ class Feed:
             self._start_streams = None if None in streams else tuple(stream for stream in streams if stream is not None)
             self._start_at = now + ANSWER_S
             self._effects.append(ReadCounts(self._start_token, self._start_streams))
+        if self._has_doubts and now >= self._doubt_at:
+            self._ask_certain()
+
+    @property
+    def _followed(self) -> tuple[bytes, ...] | None:
+        """The streams to be counted; None: all."""
+        return None if self._of_all or self._of_type else tuple(self._of_stream)
 
     def _index(self, input: p.Index) -> None:
         if self._poll is not None and input.token == self._index_token:
             self._poll.index(input.value, self._now)
+            if input.value is not None:
+                self._doubts_store = input.value < self._highest_index
+                self._highest_index = max(self._highest_index, input.value)
 
     def _counts(self, input: p.Counts) -> None:
         if self._poll is None:
             return
         counts = input.counts
-        if input.token == self._counts_token:
+        if self._doubt is not None and input.token == self._doubt.token:
+            self._certain(self._doubt, input)
+        elif input.token == self._counts_token:
             self._counts_token = 0
             self._poll.counts(counts is not None, input.took_s, self._now, input.own_s)
             if counts is not None:
                 self._count(self._counts_streams, counts)
+                self._counted_since = self._counts_since
         elif input.token == self._start_token:
             self._start_token = 0
             if counts is None:
@@ -562,6 +629,8 @@ class Feed:
     def _count_stream(self, stream: bytes, count: int) -> None:
         if stream in self._next:
             self._has(stream, count)
+            if count < self._next[stream]:
+                self._has_fewer(stream)
         else:
             self._next[stream] = count
 
@@ -572,14 +641,110 @@ class Feed:
         elif self._synced:
             following = self._next
             for stream, count in counts.items():
-                if following.get(stream, 0) < count:
+                end = following.get(stream, 0)
+                if end < count:
                     self._has(stream, count)
+                elif end > count:
+                    self._has_fewer(stream)
+            if len(counts) < len(following):
+                for stream, end in following.items():
+                    if end and stream not in counts:
+                        self._has_fewer(stream)
         else:
             self._synced = True
             for stream, count in counts.items():
                 self._count_stream(stream, count)
             for stream in self._of_stream:
                 self._next.setdefault(stream, 0)
+
+    # Doubts
+
+    @property
+    def _has_doubts(self) -> bool:
+        return bool(self._doubtful or self._ahead or self._doubts_store)
+
+    def _has_fewer(self, stream: bytes) -> None:
+        """The stream is said to have fewer events than were seen of it."""
+        if self._moves.get(stream, 0) <= self._counted_since:
+            self._doubtful[stream] = None
+        elif self._poll is not None:
+            self._poll.doubt(self._now)
+
+    def _ask_certain(self) -> None:
+        ahead = []
+        for key, subscription in list(self._ahead.items()):
+            if streams_ahead := subscription.ahead():
+                ahead.append((subscription, streams_ahead))
+            else:
+                del self._ahead[key]
+        if not self._has_doubts:
+            return
+        named = dict.fromkeys(chain(self._doubtful, *(streams for _, streams in ahead)))
+        streams = self._followed if self._doubts_store or len(named) > MAX_DOUBTFUL else tuple(named)
+        ends = dict(self._next) if streams is None else {stream: self._end(stream) for stream in streams}
+        self._doubt = _Doubt(self._new_token(), streams, ends, self._highest_index, ahead)
+        self._doubt_at = self._now + CERTAIN_ANSWER_S
+        self._effects.append(ReadCounts(self._doubt.token, streams, certain=True))
+
+    def _certain(self, doubt: _Doubt, input: p.Counts) -> None:
+        """What there is for certain, or was when it was asked for."""
+        self._doubt = None
+        self._doubt_at = self._now + DOUBT_AGAIN_S
+        counts, index = input.counts, input.index
+        if counts is None or self._poll is None:
+            return
+        self._poll.charge(input.took_s, self._now, input.own_s)
+        if index is not None and index < doubt.highest:
+            self._highest_index = index
+            self._ahead.clear()
+            self._begin_anew([stream for stream, end in self._next.items() if end], whole=True)
+        else:
+            lost = [stream for stream, end in doubt.ends.items() if counts.get(stream, 0) < min(end, self._end(stream))]
+            if lost:
+                self._begin_anew(lost)
+            for subscription, came_with in doubt.ahead:
+                if self._ahead.pop(subscription.key, None) is subscription:
+                    anew = [stream for stream in subscription.ahead() if counts.get(stream, 0) < came_with[stream]]
+                    if anew:
+                        named = {"subscription": str(subscription.key), "streams": anew[:MAX_NAMED]}
+                        self._effects.append(Log("checkpoint_ahead_of_store", named))
+                        subscription.begin_anew(anew, self._now)
+                        self._touch(subscription)
+        self._doubts_store = False
+        for stream in list(self._doubtful) if doubt.streams is None else doubt.streams:
+            self._doubtful.pop(stream, None)
+        for stream, count in counts.items():
+            if self._is_followed(stream):
+                self._has(stream, count)
+
+    def _begin_anew(self, streams: Collection[bytes], *, whole: bool = False) -> None:
+        """The store has lost the events of these streams; `whole`: it is another store."""
+        named = list(islice(streams, MAX_NAMED))
+        self._effects.append(Log("events_lost_by_store", {"streams": named, "count": len(streams), "whole": whole}))
+        gone = set(streams)
+        for stream in gone:
+            self._clean(stream)
+            self._moves.pop(stream, None)
+            if stream in self._of_stream:
+                self._next[stream] = 0
+            else:
+                del self._next[stream]
+        for token, (key, stream, _, _) in list(self._reads.items()):
+            if stream in gone:
+                # What it answers may be of the old ones.
+                del self._reads[token]
+                if key is not None and key in self._subscriptions:
+                    self._subscriptions[key].reads -= 1
+        self._start_token = 0
+        self._start_at = self._now
+        for subscription in self._subscriptions.values():
+            only = subscription.matcher.stream
+            concerned = gone if only is None else gone & {only}
+            if whole:
+                concerned = concerned.union(subscription.streams_come_with)
+            if concerned or whole:
+                subscription.begin_anew(concerned, self._now)
+                self._touch(subscription)
 
     # Time
 

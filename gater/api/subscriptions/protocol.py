@@ -8,7 +8,7 @@ which belongs to its subscriber alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, TypeAlias
@@ -308,7 +308,7 @@ class Page:
 @dataclass(frozen=True, slots=True)
 class Counts:
     """The answer to a `ReadCounts`: events by stream (None: it failed), how long the store took for it, and how much of
-    this gateway's time it took.
+    this gateway's time it took; `index` of a certain one is the Raft index from after the count, if there is one.
 
     Streams without events may be left out.
     """
@@ -317,6 +317,7 @@ class Counts:
     counts: Mapping[bytes, int] | None
     took_s: float
     own_s: float = 0.0
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,10 +387,14 @@ class ReadPage:
 
 @dataclass(frozen=True, slots=True)
 class ReadCounts:
-    """Ask how many events these streams have (None: all streams); answer with `Counts`, always."""
+    """Ask how many events these streams have (None: all streams); answer with `Counts`, always.
+
+    `certain`: not what some member of the store knows by now, but everything there is; no answer is better than that.
+    """
 
     token: int
     streams: tuple[bytes, ...] | None
+    certain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,12 +417,22 @@ class Deliver:
 class SaveCheckpoint:
     """Save for each of these streams the number of the next event not yet dealt with; answer with `Saved`.
 
-    Streams not named keep what was saved for them. A number never goes back: of two writers the higher one counts.
+    Streams not named keep what was saved for them. A number never goes back but by `BeginAnew`: of two writers the
+    higher one counts.
     """
 
     key: Key
     token: int
     positions: dict[bytes, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginAnew:
+    """What was saved for these streams is about events that the store does not have any more: it counts no longer. The
+    store may be another one, so that everything else that was saved may be gone too."""
+
+    key: Key
+    streams: Collection[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,6 +501,7 @@ Effect: TypeAlias = (
     | ReadIndex
     | Deliver
     | SaveCheckpoint
+    | BeginAnew
     | Park
     | DropParked
     | Started

@@ -8,7 +8,7 @@ node by `erpc`: `khepri_adv:get_many/3` for the number of children below a strea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import thread_time
 from typing import Any, Final, NamedTuple
 
@@ -41,6 +41,12 @@ ASK_AGAIN_S: Final = 5.0
 MAX_VERSIONS_AT_ONCE: Final = 32
 """Streams asked for their version at once where counts are not to be had."""
 
+SEEN_S: Final = 60.0
+"""For so long a member of the store that went out of sight may have what the others lack."""
+
+CONFIRM_S: Final = 5.0
+"""Where no member can be told to catch up: what all of them say twice, so far apart, is certain."""
+
 AT_ONCE_BYTES: Final = 128 * 1024
 """Counts of some 4,000 streams are read at once, in 5 ms; more of them in a thread."""
 
@@ -60,6 +66,8 @@ class Counted(NamedTuple):
     """Time of the store; where it does not say, the way to it and back included."""
     own_s: float = 0.0
     """Processor time of this gateway to read the answer."""
+    applied: int | None = None
+    """Of a certain count: the Raft index, read after it; None where there is none."""
 
 
 class StoreReads:
@@ -72,6 +80,8 @@ class StoreReads:
         """The index of each member of the store, when it was last asked."""
         self._silent_until: dict[Atom, float] = {}
         self._turn = 0
+        self._seen: dict[Atom, float] = {}
+        """When each member was last in sight."""
         self.store = store
 
     def ask(self, request: Term, on_reply: Callable[[Term], None]) -> None:
@@ -100,10 +110,7 @@ class StoreReads:
             if worker is None:
                 continue
             try:
-                caught_up = await erpc_call(
-                    service.node, node, "khepri", "fence", [self.store, round(FENCE_S * 1000)], timeout_s=FENCE_S
-                )
-                if caught_up is schema.OK:
+                if await self._catch_up(node):
                     return await call(service.node, worker.address, request, timeout_s=FENCE_S)
             except (ErlangException, ErlError):
                 continue
@@ -130,8 +137,82 @@ class StoreReads:
                 return await self._khepri_counts(node, streams, min(COUNT_TIMEOUT_S, left_s))
             except (ErlangException, ErlError, TypeError, ValueError, LookupError):
                 continue
-        counted = await self._versions(streams)
+        counted = await self._versions(streams, self.reply)
         return None if counted is None else Counted(counted, loop.time() - began)
+
+    async def certain_counts(self, streams: Sequence[bytes] | None) -> Counted | None:
+        """Count what there is for certain: the most that any member of the store has, when all have caught up. None if
+        nobody can say that now: there is no majority, or a member does not answer, or was seen lately and is not now.
+        """
+        service, loop = self._service, asyncio.get_running_loop()
+        began = loop.time()
+        if service.embedded is not None and service.is_embedded(self.store):
+            counted = await self._embedded_counts(streams)
+            if counted is None:
+                return None
+            return Counted(counted, loop.time() - began, applied=service.embedded.committed(self.store))
+        nodes = self._look()
+        if not nodes or self._seen.keys() - set(nodes) or service.write_refusal(self.store) is not None:
+            return None
+        khepri = self._khepri_nodes()
+        if khepri:
+            if len(khepri) < len(nodes):
+                return None
+            answers = await asyncio.gather(*(self._fenced_counts(node, streams) for node in nodes))
+        else:
+            answers = [*await self._counts_of_all(nodes, streams)]
+            await asyncio.sleep(CONFIRM_S)
+            answers += await self._counts_of_all(nodes, streams)
+        if None in answers or self._look() != nodes:
+            return None
+        most: dict[bytes, int] = {}
+        for answer in answers:
+            assert answer is not None
+            for stream, count in answer.counts.items():
+                most[stream] = max(count, most.get(stream, 0))
+        indexes = [answer.applied for answer in answers if answer is not None and answer.applied is not None]
+        took_s = max(answer.took_s for answer in answers if answer is not None)
+        own_s = sum(answer.own_s for answer in answers if answer is not None)
+        return Counted(most, took_s, own_s, max(indexes, default=None))
+
+    def _look(self) -> list[Atom]:
+        """The members of the store that are in sight."""
+        now = asyncio.get_running_loop().time()
+        nodes = self._service.router.nodes(self.store)
+        self._seen = {node: at for node, at in self._seen.items() if at + SEEN_S > now} | dict.fromkeys(nodes, now)
+        return nodes
+
+    async def _fenced_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
+        try:
+            if not await self._catch_up(node):
+                return None
+            counted = await self._khepri_counts(node, streams, COUNT_TIMEOUT_S)
+            return counted._replace(applied=await self._index_of(node))
+        except (ErlangException, ErlError, TypeError, ValueError, LookupError):
+            return None
+
+    async def _counts_of_all(self, nodes: Sequence[Atom], streams: Sequence[bytes] | None) -> list[Counted | None]:
+        return await asyncio.gather(*(self._counts_of(node, streams) for node in nodes))
+
+    async def _counts_of(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
+        worker = self._service.router.worker_on(self.store, node)
+        if worker is None:
+            return None
+
+        async def ask(request: Term) -> Term:
+            return await call(self._service.node, worker.address, request, timeout_s=COUNT_TIMEOUT_S)
+
+        try:
+            counted = await self._versions(streams, ask)
+        except (ErlangException, ErlError):
+            return None
+        return None if counted is None else Counted(counted, 0.0)
+
+    async def _catch_up(self, node: Atom) -> bool:
+        """Have a member catch up with its store; whether it has."""
+        arguments: list[Term] = [self.store, round(FENCE_S * 1000)]
+        answer = await erpc_call(self._service.node, node, "khepri", "fence", arguments, timeout_s=FENCE_S)
+        return answer is schema.OK
 
     async def _embedded_counts(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
         assert self._service.embedded is not None
@@ -173,18 +254,18 @@ class StoreReads:
             counts, own_s = _timed_counts(found)
         return Counted(counts, took_us / 1e6, own_s)
 
-    async def _versions(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
+    async def _versions(
+        self, streams: Sequence[bytes] | None, ask: Callable[[Term], Awaitable[Term]]
+    ) -> Mapping[bytes, int] | None:
         if streams is None:
-            reply = await self.reply(schema.store_request("get_streams", self.store))
+            reply = await ask(schema.store_request("get_streams", self.store))
             if reply[0] is not schema.OK:
                 return None
             streams = reply[1]
         found: dict[bytes, int] = {}
         for first in range(0, len(streams), MAX_VERSIONS_AT_ONCE):
             chunk = streams[first : first + MAX_VERSIONS_AT_ONCE]
-            replies = await asyncio.gather(
-                *(self.reply(schema.get_version_request(self.store, stream)) for stream in chunk)
-            )
+            replies = await asyncio.gather(*(ask(schema.get_version_request(self.store, stream)) for stream in chunk))
             for stream, answer in zip(chunk, replies, strict=True):
                 if answer[0] is not schema.OK:
                     return None
@@ -196,6 +277,7 @@ class StoreReads:
         service = self._service
         if service.embedded is not None and service.is_embedded(self.store):
             return service.embedded.committed(self.store)
+        self._look()
         nodes = self._khepri_nodes()
         for gone in self._applied.keys() - set(nodes):
             # What it knew may be more than the others will ever have, of a store that is made anew.
@@ -207,15 +289,19 @@ class StoreReads:
             if self._silent_until.get(node, now) > now:
                 continue
             try:
-                metrics: Any = await erpc_call(
-                    service.node, node, "ra", "key_metrics", [(self.store, node)], timeout_s=INDEX_TIMEOUT_S
-                )
-                self._applied[node] = int(metrics[_LAST_APPLIED])
+                self._applied[node] = await self._index_of(node)
                 return max(self._applied.values())
             except (ErlangException, ErlError, TypeError, ValueError, LookupError):
                 self._applied.pop(node, None)
                 self._silent_until[node] = now + ASK_AGAIN_S
         return None
+
+    async def _index_of(self, node: Atom) -> int:
+        arguments: list[Term] = [(self.store, node)]
+        metrics: Any = await erpc_call(
+            self._service.node, node, "ra", "key_metrics", arguments, timeout_s=INDEX_TIMEOUT_S
+        )
+        return int(metrics[_LAST_APPLIED])
 
 
 def _timed_counts(found: Term) -> tuple[dict[bytes, int], float]:

@@ -3,13 +3,15 @@
 All of it are snapshots, which every ExESDB store has, under sources of gater's own:
 
     source "gater.checkpoint", stream NAME, version SHARD (from 0) or RECENT:
-        %{type, selector, start, shard, write, positions: %{stream => number of the next event}}
+        %{type, selector, start, shard, write, positions: %{stream => number of the next event},
+          anew: %{stream => how often it began anew}}
     source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
         %{event, reason, attempts, write}
 
 A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
 at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write; the
-higher number of a stream counts. A stream that is in none of them begins at `start`. A store acknowledges no snapshot:
+higher number of a stream counts; where the stream has begun anew (its events were lost by the store), that of the last
+time. A stream that is in none of them begins at `start`. A store acknowledges no snapshot:
 what was written is read back, `write` tells it from an earlier one.
 """
 
@@ -17,9 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
-from typing import Final
+from typing import Final, TypeAlias
 from zlib import crc32
 
 from gater.api import schema
@@ -53,9 +55,14 @@ _START: Final = Atom("start")
 _SHARD: Final = Atom("shard")
 _WRITE: Final = Atom("write")
 _POSITIONS: Final = Atom("positions")
+_ANEW: Final = Atom("anew")
 _EVENT: Final = Atom("event")
 _REASON: Final = Atom("reason")
 _ATTEMPTS: Final = Atom("attempts")
+
+
+_Place: TypeAlias = tuple[int, int]
+"""How often the stream has begun anew, and the number of the next event: the higher one counts."""
 
 
 class Unreadable(Exception):
@@ -127,8 +134,11 @@ class SavedState:
         self.selector = selector
         self.start = start
         """The first number wanted of a stream without a position: as given here, or as it was saved (`load`)."""
-        self._shards: dict[int, dict[bytes, int]] = {}
-        self._recent: dict[bytes, int] = {}
+        self.era = 0
+        """How often streams have begun anew here: what was to be saved before is not saved any more."""
+        self._anew: dict[bytes, int] = {}
+        self._shards: dict[int, dict[bytes, _Place]] = {}
+        self._recent: dict[bytes, _Place] = {}
         self._lock = asyncio.Lock()
 
     def problem(self) -> Rejected | None:
@@ -143,7 +153,7 @@ class SavedState:
         found = await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
         if not found:
             return None
-        positions: dict[bytes, int] = {}
+        places: dict[bytes, _Place] = {}
         self._shards.clear()
         self._recent = {}
         for _, _, shard, record in found:
@@ -155,35 +165,40 @@ class SavedState:
             start = record.get(_START)
             if type(start) is int and start >= 0:
                 self.start = start
-            of_shard = {
-                stream: number
-                for stream, number in record.get(_POSITIONS, {}).items()
-                if type(stream) is bytes and type(number) is int
-            }
+            of_shard = _places(record)
             if shard == RECENT:
                 self._recent = of_shard
             else:
                 self._shards[shard] = of_shard
-            for stream, number in of_shard.items():
-                positions[stream] = max(number, positions.get(stream, 0))
-        return positions
+            _raise(places, of_shard)
+        self._anew = {stream: anew for stream, (anew, _) in places.items() if anew}
+        return {stream: number for stream, (_, number) in places.items()}
 
-    async def save(self, positions: Mapping[bytes, int]) -> bool:
-        """Save these positions with those saved before; whether they are certain to be there."""
+    def begin_anew(self, streams: Collection[bytes]) -> None:
+        """What was saved for these streams counts no longer, as soon as something is saved."""
+        self.era += 1
+        for stream in streams:
+            self._anew[stream] = self._anew.get(stream, 0) + 1
+            self._recent[stream] = (self._anew[stream], 0)
+
+    async def save(self, positions: Mapping[bytes, int], era: int | None = None) -> bool:
+        """Save these positions with those saved before; whether they are certain to be there. With an `era`: not if
+        streams have begun anew since."""
         async with self._lock:
-            for stream, number in positions.items():
-                self._recent[stream] = max(number, self._recent.get(stream, 0))
+            if era is not None and era != self.era:
+                return False
+            _raise(self._recent, {stream: (self._anew.get(stream, 0), at) for stream, at in positions.items()})
             if len(self._recent) <= MAX_RECENT:
                 return await self._write(RECENT, self._recent)
-            for stream, number in self._recent.items():
-                shard = self._shards.setdefault(_shard(stream), {})
-                shard[stream] = max(number, shard.get(stream, 0))
-            touched = {_shard(stream) for stream in self._recent}
+            moving = dict(self._recent)
+            for stream, place in moving.items():
+                _raise(self._shards.setdefault(_shard(stream), {}), {stream: place})
+            touched = {_shard(stream) for stream in moving}
             written = await asyncio.gather(*(self._write(shard, self._shards[shard]) for shard in touched))
             if not all(written):
                 return False
             # What is left in the store of the recent ones says nothing that is not in the shards.
-            self._recent = {}
+            self._recent = {stream: place for stream, place in self._recent.items() if moving.get(stream) != place}
             return True
 
     async def flushed(self) -> None:
@@ -192,13 +207,14 @@ class SavedState:
         async with self._lock:
             return
 
-    async def _write(self, shard: int, positions: Mapping[bytes, int]) -> bool:
+    async def _write(self, shard: int, places: Mapping[bytes, _Place]) -> bool:
         record: dict[Term, Term] = {
             _TYPE: self.kind,
             _SELECTOR: self.selector,
             _START: self.start,
             _SHARD: shard,
-            _POSITIONS: dict(positions),
+            _POSITIONS: {stream: number for stream, (_, number) in places.items()},
+            _ANEW: {stream: anew for stream, (anew, _) in places.items() if anew},
         }
         return await self._snapshots.write(CHECKPOINTS, self.name, shard, record)
 
@@ -248,6 +264,22 @@ class SavedState:
                     self._snapshots.delete(of, below, version)
             self._shards.clear()
             self._recent = {}
+            self._anew = {}
+
+
+def _places(record: Mapping[Term, Term]) -> dict[bytes, _Place]:
+    anew = record.get(_ANEW, {})
+    return {
+        stream: (anew.get(stream, 0), number)
+        for stream, number in record.get(_POSITIONS, {}).items()
+        if type(stream) is bytes and type(number) is int
+    }
+
+
+def _raise(places: dict[bytes, _Place], to: Mapping[bytes, _Place]) -> None:
+    """Have each stream at the higher place."""
+    for stream, place in to.items():
+        places[stream] = max(place, places.get(stream, place))
 
 
 def parked_term(event: Event, reason: Term, attempts: int) -> Term:

@@ -59,6 +59,8 @@ class StoreFeed:
         """How many gateways there are."""
         self.on_ended: Callable[[Key], None] = lambda key: None
         self.on_subscribers: Callable[[Key], None] = lambda key: None
+        self.on_anew: Callable[[Key], None] = lambda key: None
+        """Called when the store may have lost what was saved of a persistent subscription."""
         self._node = service.node
         self._loop = asyncio.get_running_loop()
         self._feed = Feed(self._loop.time())
@@ -81,6 +83,7 @@ class StoreFeed:
             p.ReadIndex: self._read_index,
             p.Deliver: self._deliver,
             p.SaveCheckpoint: self._save,
+            p.BeginAnew: self._begin_anew,
             p.Park: self._park,
             p.DropParked: self._drop_parked,
             p.Started: lambda effect: self._tell(effect.key, None),
@@ -274,11 +277,12 @@ class StoreFeed:
 
     def _read_counts(self, effect: p.ReadCounts) -> None:
         async def read() -> None:
-            counted = await self.reads.counts(effect.streams)
+            reads = self.reads
+            counted = await (reads.certain_counts if effect.certain else reads.counts)(effect.streams)
             if counted is None:
                 self.give(p.Counts(effect.token, None, 0.0))
             else:
-                self.give(p.Counts(effect.token, counted.counts, counted.took_s, counted.own_s))
+                self.give(p.Counts(effect.token, *counted))
 
         self._spawn(read())
 
@@ -326,6 +330,7 @@ class StoreFeed:
         saved = self.saved.get(effect.key)
         spec = self._specs.get(effect.key)
         is_last = effect.key not in self._feed
+        era = 0 if saved is None else saved.era
         arrive_s = ARRIVE_S if spec is not None and spec.options.auto_ack and not is_last else 0.0
 
         async def save() -> None:
@@ -334,10 +339,16 @@ class StoreFeed:
                 if self.saved.get(effect.key) is not saved:
                     # It has been removed or given away meanwhile.
                     return
-            ok = saved is not None and await saved.save(effect.positions)
+            ok = saved is not None and await saved.save(effect.positions, era)
             self.give(p.Saved(effect.key, effect.token, ok))
 
         self._spawn(save())
+
+    def _begin_anew(self, effect: p.BeginAnew) -> None:
+        saved = self.saved.get(effect.key)
+        if saved is not None:
+            saved.begin_anew(effect.streams)
+            self.on_anew(effect.key)
 
     def _park(self, effect: p.Park) -> None:
         event = effect.event
@@ -349,7 +360,11 @@ class StoreFeed:
             return
 
         async def park(saved: SavedState) -> None:
+            era = saved.era
             ok = await saved.park(event, effect.reason, effect.attempts)
+            if saved.era != era:
+                # It may be an event of this number that is there no more, and another one is being parked.
+                ok = False
             self.give(p.ParkSaved(effect.key, event.stream, event.number, ok))
 
         self._spawn(park(saved))

@@ -11,14 +11,24 @@ up and live: a lane that comes to the feed's number is gone, and the next event 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from gater.api.subscriptions.backlog import Backlog, Shares
 from gater.api.subscriptions.checkpoints import Checkpoint
 from gater.api.subscriptions.delivery import Delivery
 from gater.api.subscriptions.matching import Matcher
-from gater.api.subscriptions.protocol import Effect, Event, Key, SaveCheckpoint, Spec, Start, Status, SubscriberId
+from gater.api.subscriptions.protocol import (
+    BeginAnew,
+    Effect,
+    Event,
+    Key,
+    SaveCheckpoint,
+    Spec,
+    Start,
+    Status,
+    SubscriberId,
+)
 
 READS: Final = 4
 """Reads of one subscription under way at once, so that one that catches up leaves room for the others."""
@@ -95,6 +105,30 @@ class Subscription:
                 self.checkpoint.moved_all(self._floors, now)
                 self.checkpoint.due(now)
             self.scan_due = now + SCAN_SAVE_S
+
+    def ahead(self) -> dict[bytes, int]:
+        """The streams in which it came here with a number that the feed has not come to, and that number."""
+        lowest, end = self._lowest, self._end
+        return {stream: floor for stream, floor in self._floors.items() if floor > max(end(stream), lowest)}
+
+    @property
+    def streams_come_with(self) -> Iterable[bytes]:
+        """The streams in which it did not begin as its `spec` says."""
+        return self._floors.keys()
+
+    def begin_anew(self, streams: Collection[bytes], now: float) -> None:
+        """The store has lost the events of these streams, and begins them anew: so does the subscription."""
+        for stream in streams:
+            self._floors.pop(stream, None)
+            self.delivery.begin_anew(stream)
+            self.backlog.begin_anew(stream)
+            if not self.starting and self._lowest < self._end(stream):
+                self.backlog.behind(stream, self._lowest)
+        if self.spec.persistent:
+            self._effects.append(BeginAnew(self.key, streams))
+            if not self.starting:
+                self.checkpoint.moved_all(streams, now)
+                self.checkpoint.due(now)
 
     # Events
 
