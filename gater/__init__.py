@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from gater.api.gateway import Gateway
-    from gater.api.schema import NewEvent, RecordedEvent, Snapshot
+    from gater.api.schema import NewEvent, ParkedEvent, RecordedEvent, Snapshot
     from gater.errors import (
         CallTimeout,
         Draining,
@@ -41,6 +41,7 @@ __all__ = [
     "NoQuorum",
     "NoWorkerAvailable",
     "Overloaded",
+    "ParkedEvent",
     "PartiallyAppended",
     "RecordedEvent",
     "RequestFailed",
@@ -54,6 +55,7 @@ __all__ = [
 _HOMES: Final = {
     "Gateway": "gater.api.gateway",
     "NewEvent": "gater.api.schema",
+    "ParkedEvent": "gater.api.schema",
     "RecordedEvent": "gater.api.schema",
     "Snapshot": "gater.api.schema",
 }

@@ -261,10 +261,10 @@ async def test_an_embedded_store_that_was_made_anew_is_delivered_from_its_beginn
     house: House, tmp_path: Path
 ) -> None:
     service = house.system.service
-    assert service.embedded is not None
+    assert isinstance(service.embedded, EmbeddedStores)
 
     async def make_anew() -> None:
-        assert service.embedded is not None
+        assert isinstance(service.embedded, EmbeddedStores)
         service.embedded = await made_anew(service.embedded, tmp_path / "anew")
 
     try:
@@ -465,6 +465,29 @@ async def test_parked_events_are_dropped_one_or_all(house: House) -> None:
     assert await house.ask("replay_parked", STORE, b"p") == (OK, 0)
     error, reason = await house.ask("drop_parked", STORE, b"p", {})
     assert (error, reason[0]) == (ERROR, Atom("invalid_request"))
+
+
+async def test_a_parked_event_says_why_and_how_often_it_was_delivered(house: House) -> None:
+    await house.append(b"s", "a", "b", "c")
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p", max_retries=0))[0] is OK
+    await me.has(3)
+    actions = [Atom("retry"), (Atom("retry"), b"no luck"), (Atom("park"), {Atom("code"): 7})]
+    for event, action in zip(me.events, actions, strict=True):
+        assert await house.ask("nack_event", STORE, b"p", me.pid, event, action) is OK
+
+    async def parked() -> bool:
+        _, found = await house.ask("list_parked", STORE, b"p")
+        return [(each[Atom("reason")], each[Atom("attempts")]) for each in found] == [
+            (Atom("max_retries"), 1),
+            (b"no luck", 1),
+            ({Atom("code"): 7}, 1),
+        ]
+
+    await wait_until(parked, "three events to be parked")
+    for action in ((Atom("park"), b"x" * 5_000), (Atom("bury"), b"x"), (Atom("park"), b"x", 1)):
+        error, (kind, _) = await house.ask("nack_event", STORE, b"p", me.pid, me.events[0], action)
+        assert (error, kind) == (ERROR, Atom("invalid_request"))
 
 
 async def test_what_is_to_be_tried_again_comes_again_and_what_is_skipped_does_not(house: House) -> None:
@@ -712,10 +735,11 @@ async def test_python_goes_on_under_the_same_name(house: House) -> None:
         async with client.subscribe(STORE.name, "$s", name="p", auto_ack=False) as events:
             first, second = await anext(events), await anext(events)
             await events.ack(first)
-            await events.nack(second, "park")
+            await events.nack(second, "park", "bad")
 
             async def parked() -> bool:
-                return [each.event_number for each in await client.list_parked(STORE.name, "p")] == [1]
+                found = await client.list_parked(STORE.name, "p")
+                return [(each.event.event_number, each.reason, each.attempts) for each in found] == [(1, b"bad", 1)]
 
             await wait_until(parked, "event 1 to be parked")
         async with client.subscribe(STORE.name, "$s", name="p") as events:
@@ -781,11 +805,14 @@ async def test_what_a_callback_fails_on_comes_again_until_it_is_parked(house: Ho
         events = client.subscribe(STORE.name, "$s", name="p", window=1, max_retries=2)
 
         async def parked() -> bool:
-            return [each.event_number for each in await client.list_parked(STORE.name, "p")] == [0, 2]
+            return [each.event.event_number for each in await client.list_parked(STORE.name, "p")] == [0, 2]
 
         with capture_logs() as lines:
             async with running(events, handle):
                 await wait_until(parked, "events 0 and 2 to be parked")
+        first, second = await client.list_parked(STORE.name, "p")
+    assert b"ValueError: no such order" in first.reason
+    assert (first.attempts, second.reason, second.attempts) == (3, None, 1)
     assert tried == [0, 0, 0, 1, 2]
     failures = [line for line in lines if line["event"] == "handler_failed"]
     assert [(line["stream"], line["number"]) for line in failures] == [("s", 0)] * 3

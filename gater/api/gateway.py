@@ -24,6 +24,7 @@ from gater.api.discovery import Discovery
 from gater.api.schema import (
     Expected,
     NewEvent,
+    ParkedEvent,
     RecordedEvent,
     Rejected,
     Snapshot,
@@ -271,10 +272,13 @@ class Gateway:
         found: Mapping[Term, Term] = await self._ask_gateway("subscription_status", store, name)
         return found
 
-    async def list_parked(self, store: str, name: str) -> list[RecordedEvent]:
-        """The events that were put aside."""
+    async def list_parked(self, store: str, name: str) -> list[ParkedEvent]:
+        """The events that were put aside, why, and how often each had been delivered."""
         parked = await self._ask_gateway("list_parked", store, name)
-        return [RecordedEvent.from_term(each[Atom("event")]) for each in parked]
+        return [
+            ParkedEvent(RecordedEvent.from_term(each[Atom("event")]), each[Atom("reason")], each[Atom("attempts")])
+            for each in parked
+        ]
 
     async def replay_parked(self, store: str, name: str) -> int:
         """Have the events that were put aside delivered again; how many there are."""

@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from gater import errors
+from gater.erl.etf import encode_term
 from gater.erl.phash2 import phash2
 from gater.erl.terms import Atom, Export, Fun, Pid, Term, atom_name
 
@@ -99,6 +100,9 @@ MAX_NAME_CHARACTERS: Final = 255
 
 MAX_SNAPSHOT_VERSION: Final = 9_999_999_999
 """Snapshot keys are padded to ten digits (`ExESDB.Snapshots.path/3`); a longer one would sort before shorter ones."""
+
+MAX_REASON_BYTES: Final = 4096
+"""Of the reason of a `nack_event`, encoded: it is kept with the event."""
 
 MAX_SHOWN_CHARACTERS: Final = 60
 """How much of a caller's name is repeated in an error message: enough to recognise it, too little to flood a log."""
@@ -223,6 +227,17 @@ class NewEvent:
             data_content_type=term[DATA_CONTENT_TYPE],
             metadata_content_type=term[METADATA_CONTENT_TYPE],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedEvent:
+    """An event that a subscription has put aside: `list_parked`."""
+
+    event: RecordedEvent
+    reason: Term
+    """As given with the `nack`; `:max_retries` if it was delivered too often and no reason was given; else None."""
+    attempts: int
+    """How often it was delivered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -992,11 +1007,19 @@ def _check_event_place(spec: RequestSpec, store: Atom, event: Term) -> None:
 
 
 def _check_nack(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
-    """`{:nack_event, store, name, pid, event, action}`."""
-    if term[5] not in NACK_ACTIONS:
+    """`{:nack_event, store, name, pid, event, action}`, `{action, reason}` instead of an action."""
+    action, reason = nack_of(term[5])
+    if action not in NACK_ACTIONS:
         known = ", ".join(show(known) for known in NACK_ACTIONS)
-        _refuse(spec.op, f"the action must be one of {known}, got {show(term[5])}")
+        _refuse(spec.op, f"the action must be one of {known}, or one of them with a reason, got {show(term[5])}")
+    if len(encode_term(reason)) > MAX_REASON_BYTES:
+        _refuse(spec.op, f"the reason must have at most {MAX_REASON_BYTES} bytes (MAX_REASON_BYTES)")
     return _check_ack(spec, term)
+
+
+def nack_of(action: Term) -> tuple[Term, Term]:
+    """The action, and its reason (nil: none was given)."""
+    return (action[0], action[1]) if type(action) is tuple and len(action) == 2 else (action, None)
 
 
 def _check_subscribe(spec: RequestSpec, term: tuple[Term, ...]) -> Request:

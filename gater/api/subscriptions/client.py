@@ -46,6 +46,9 @@ _FOR_GOOD: Final = frozenset({Atom("subscription_refused"), Atom("invalid_reques
 TRY_AGAIN_S: Final = 0.1
 """Between two looks."""
 
+MAX_REASON_CHARACTERS: Final = 1_000
+"""Of what a handler raised, kept with its event."""
+
 CALL_TIMEOUT_S: Final = 5.0
 """For a gateway's answer; it gives up itself a little earlier."""
 
@@ -138,7 +141,7 @@ class EventSubscription:
                         number=event.event_number,
                         error=described(error),
                     )
-                    await self.nack(event, "retry")
+                    await self.nack(event, "retry", described(error)[:MAX_REASON_CHARACTERS])
 
     # What can be done
 
@@ -157,13 +160,20 @@ class EventSubscription:
         """This event has been dealt with."""
         self._tell("ack_event", event)
 
-    async def nack(self, event: RecordedEvent, action: Action = "retry") -> None:
-        """This event has not been dealt with: deliver it again, skip it, put it aside, or stop the subscription."""
+    async def nack(self, event: RecordedEvent, action: Action = "retry", reason: Term = None) -> None:
+        """This event has not been dealt with: deliver it again, skip it, put it aside, or stop the subscription.
+
+        The `reason`, any term (a `str` is sent as a binary), at most 4,096 bytes, is kept with an event that is put
+        aside, at once or because it was delivered too often.
+        """
         if action not in ("retry", "skip", "park", "stop"):
             raise InvalidRequest(f"nack: the action must be retry, skip, park or stop, got {action!r}")
         if event is self._last:
             self._last = None
-        self._tell("nack_event", event, Atom(action))
+        told = Atom(action)
+        if isinstance(reason, str):
+            reason = reason.encode()
+        self._tell("nack_event", event, told if reason is None else (told, reason))
 
     async def stop(self) -> None:
         """End it here. A persistent one goes on, from the first event not acknowledged, for who comes back."""

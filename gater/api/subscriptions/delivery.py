@@ -40,7 +40,7 @@ from gater.api.subscriptions.protocol import (
     Strategy,
     SubscriberId,
 )
-from gater.erl.terms import Term
+from gater.erl.terms import Atom, Term
 
 MAX_TIMEOUT_FACTOR: Final = 8
 """How much longer than the first time an event may stay unacknowledged when it was delivered again and again."""
@@ -50,6 +50,9 @@ PARK_AGAIN_S: Final = 1.0
 
 MAX_REPLAYS: Final = 10_000
 """Parked events waiting to be replayed; whoever replays more does it in parts."""
+
+RETRIED_TOO_OFTEN: Final = Atom("max_retries")
+"""Why an event is parked that was retried too often, where nobody gave a reason."""
 
 INFINITY: Final = float("inf")
 
@@ -66,7 +69,7 @@ class State(Enum):
 class Entry:
     """An event on its way: `due` is when it times out, or when it may be delivered or saved again."""
 
-    __slots__ = ("due", "event", "nacks", "reason", "replayed", "state", "subscriber", "timeouts")
+    __slots__ = ("deliveries", "due", "event", "nacks", "reason", "replayed", "state", "subscriber", "timeouts")
 
     def __init__(self, event: Event, *, replayed: bool = False) -> None:
         self.event = event
@@ -74,6 +77,7 @@ class Entry:
         self.state = State.WAITING
         self.due = 0.0
         self.subscriber: Subscriber | None = None
+        self.deliveries = 0
         self.nacks = 0
         self.timeouts = 0
         self.reason: Term = None
@@ -248,6 +252,7 @@ class Delivery:
         if action is Action.RETRY:
             entry.nacks += 1
             if entry.nacks > self.options.max_retries:
+                entry.reason = RETRIED_TOO_OFTEN if reason is None else reason
                 self._park(entry)
             else:
                 self._wait(entry, now + min(RETRY_S[0] * 2.0 ** (entry.nacks - 1), RETRY_S[1]))
@@ -357,6 +362,7 @@ class Delivery:
             self._done(entry)
             return
         entry.state = State.IN_FLIGHT
+        entry.deliveries += 1
         entry.subscriber = subscriber
         entry.due = now + self.options.ack_timeout_s * min(2**entry.timeouts, MAX_TIMEOUT_FACTOR)
         self.wake = min(self.wake, entry.due)
@@ -425,7 +431,7 @@ class Delivery:
             self._put_aside(entry)
         entry.state = State.PARKING
         entry.due = INFINITY
-        self._effects.append(Park(self.key, entry.event, entry.reason, entry.nacks + entry.timeouts + 1))
+        self._effects.append(Park(self.key, entry.event, entry.reason, entry.deliveries))
 
     def _done(self, entry: Entry) -> None:
         if entry.state is State.WAITING and not entry.replayed:

@@ -377,8 +377,9 @@ class Subscriptions:
                 return True
             return False
         if request.op == "nack_event":
-            action = Action(str(term[5]))
-            if not self._each_of(request, passed_on, lambda key, event: p.Nack(key, *event, action), on_taken):
+            asked, reason = schema.nack_of(term[5])
+            action = Action(str(asked))
+            if not self._each_of(request, passed_on, lambda key, event: p.Nack(key, *event, action, reason), on_taken):
                 on_taken(Rejected(not_found(term[2])))
             return True
         return False
