@@ -195,7 +195,7 @@ class StoreReads:
         return await asyncio.gather(*(self._counts_of(node, streams) for node in nodes))
 
     async def _counts_of(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
-        worker = self._service.router.worker_on(self.store, node)
+        worker = self._service.router.worker_on(self.store, node, asyncio.get_running_loop().time())
         if worker is None:
             return None
 
