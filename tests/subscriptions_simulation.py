@@ -58,6 +58,7 @@ class Sub:
     incarnations: int = 0
     stopped: bool = False
     stops: int = 0
+    stop_saved: bool = False
     era: int = 0
     """How often streams began anew: writes that were begun before do not count."""
     lowered: set[bytes] = field(default_factory=set)
@@ -283,11 +284,17 @@ class Simulation:
         sub.incarnations += 1
         name = f"{sub.key}/{sub.incarnations}"
         sub.alive.add(name)
-        sub.stopped = False
+        resumes = self.random.random() < 0.7
+        if resumes:
+            sub.stopped = False
+        elif self.feed is not None and sub.key not in self.feed:
+            sub.stopped = sub.stop_saved
+            self.later(2.0, p.Resume(sub.key))
         if sub.spec.start is Start.NOW and not sub.started:
             # It may begin anywhere until it says where; what counts is what comes after that.
             sub.first = {}
-        self.feed_in(p.Subscribe(sub.key, sub.spec, name, None if sub.saved is None else dict(sub.saved)))
+        positions = None if sub.saved is None else dict(sub.saved)
+        self.feed_in(p.Subscribe(sub.key, sub.spec, name, positions, sub.stop_saved, resumes))
 
     def subscriber_dies(self, sub: Sub) -> None:
         if not sub.alive:
@@ -355,7 +362,11 @@ class Simulation:
             case p.Stopped(key):
                 sub = self.subs[str(key)]
                 sub.stopped = True
+                sub.stop_saved = sub.spec.persistent
                 self.later(rng.choice([0.1, 2.0]), p.Resume(key))
+            case p.Resumed(key):
+                assert not self.subs[str(key)].stopped
+                self.subs[str(key)].stop_saved = False
             case p.Ended(key):
                 assert not self.subs[str(key)].spec.persistent
             case p.Refused():
@@ -389,9 +400,10 @@ class Simulation:
         if era != sub.era:
             return
         saved = sub.saved if sub.saved is not None else {}
+        saved.update(dict.fromkeys(sub.lowered, 0))
+        sub.lowered.clear()
         for stream, number in effect.positions.items():
-            saved[stream] = number if stream in sub.lowered else max(number, saved.get(stream, 0))
-            sub.lowered.discard(stream)
+            saved[stream] = max(number, saved.get(stream, 0))
         sub.saved = saved
 
     # Promises

@@ -900,6 +900,43 @@ async def test_another_gateway_takes_over_with_the_subscribers(tmp_path: Path, o
         assert me.seen == [(b"s", 0), (b"s", 1), (b"s", 2)]
 
 
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_what_a_subscriber_stopped_stays_stopped_in_another_gateway(tmp_path: Path, orderly: bool) -> None:
+    async with two_houses(tmp_path) as (_, house, other):
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a", "b")
+        await me.has(2)
+        assert await house.ask("nack_event", STORE, b"p", me.pid, me.events[0], Atom("stop")) is OK
+
+        async def saved() -> bool:
+            _, snapshots = await other.ask("list_snapshots", STORE, b"gater.checkpoint", b"p")
+            return any(record[Atom("stopped")] is True for record in snapshots.values())
+
+        await wait_until(saved, "that it is stopped to be saved")
+        if orderly:
+            await house.system.subscriptions.stop()
+        else:
+            await house.system.node.stop()
+
+        async def state() -> Term:
+            kind, status = await other.ask("subscription_status", STORE, b"p")
+            return status[Atom("state")] if kind is OK and status[Atom("subscribers")] == 1 else None
+
+        await wait_until(state, "another gateway to take over")
+        assert await state() is Atom("stopped")
+        assert (await other.subscribe(me, BY_STREAM, b"$all", b"p", resume=False))[0] is OK
+        assert await state() is Atom("stopped")
+        assert (await other.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await me.has(4)
+        assert me.seen[2:] == [(b"s", 0), (b"s", 1)]
+        await wait_until(lambda: _none(saved()), "that it goes on to be saved")
+
+
+async def _none(found: Awaitable[bool]) -> bool:
+    return not await found
+
+
 async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_store(tmp_path: Path) -> None:
     async with two_houses(tmp_path) as (cluster, house, other):
         me = subscriber(house.caller)

@@ -1042,7 +1042,7 @@ def _option_problem(key: Term, value: Term) -> str | None:
         return None if good else "must be an integer from 0 or :now"
     if name == "subscriber":
         return None if type(value) is Pid else "must be a pid"
-    if name == "auto_ack":
+    if name in ("auto_ack", "resume"):
         return None if type(value) is bool else "must be a boolean"
     if name == "strategy":
         return None if value in (Atom("round_robin"), Atom("by_stream")) else "must be :round_robin or :by_stream"

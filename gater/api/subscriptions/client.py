@@ -203,13 +203,16 @@ class EventSubscription:
             self._service.node, gateway.address, (Atom(op), store, name, process.pid, schema.event_place(event), *more)
         )
 
-    async def _subscribe(self, patience_s: float = FIND_GATEWAY_S) -> None:
+    async def _subscribe(self, patience_s: float = FIND_GATEWAY_S, *, resume: bool = True) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + patience_s
         store, kind, selector, name = self._request
         process = self._process
         assert process is not None
-        request = (_SUBSCRIBE, store, kind, selector, name, self._options | {Atom("subscriber"): process.pid})
+        options = self._options | {Atom("subscriber"): process.pid}
+        if not resume:
+            options[Atom("resume")] = False
+        request = (_SUBSCRIBE, store, kind, selector, name, options)
         tried: set[Worker] = set()
         while True:
             gateway = await _find(self._service, until, tried)
@@ -235,7 +238,7 @@ class EventSubscription:
 
     async def _move(self) -> None:
         try:
-            await self._subscribe(MOVE_S)
+            await self._subscribe(MOVE_S, resume=False)
         except Exception as problem:
             self._fail(problem)
 

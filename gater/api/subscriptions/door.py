@@ -26,7 +26,7 @@ from gater.api.subscriptions.delivery import MAX_REPLAYS
 from gater.api.subscriptions.matching import SelectorError, compile_selector
 from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, encoded_event
 from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
-from gater.api.subscriptions.shell import StoreFeed
+from gater.api.subscriptions.shell import SAVE_AGAIN_S, StoreFeed
 from gater.erl.errors import CallError
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_server
 from gater.erl.process import SHUTDOWN, described
@@ -63,9 +63,6 @@ TAKE_OVER_S: Final = 600.0
 TRY_AGAIN_S: Final = 0.1
 """Before another attempt: the owner is going, or the store does not answer."""
 
-SAVE_AGAIN_S: Final = 1.0
-"""Before another attempt to save what a store may have lost."""
-
 MAX_SUBSCRIBERS: Final = 1_000
 """Who share one subscription: each is watched, and all stand together in Swarm's registry."""
 
@@ -83,6 +80,7 @@ _SELECTOR: Final = Atom("selector")
 _OPTIONS: Final = Atom("options")
 _START_FROM: Final = Atom("start_from")
 _AUTO_ACK: Final = Atom("auto_ack")
+_RESUME: Final = Atom("resume")
 _NOW: Final = Atom("now")
 _SWARM: Final = Atom("swarm")
 _NUMBERS: Final = ("window", "batch_size", "max_retries")
@@ -431,13 +429,19 @@ class Subscriptions:
             raise _Refused(schema.DRAINING)
         await self._must_know(store)
         if name == schema.TRANSIENT:
-            await self._join(store, (subscriber, *matcher.identity), spec, subscriber, None)
+            await self._join(store, (subscriber, *matcher.identity), spec, subscriber, None, options)
         else:
             await self._subscribe_persistent(store, name, spec, options, subscriber, passed_on)
         return schema.ok(name)
 
     async def _join(
-        self, store: Atom, key: Key, spec: Spec, subscriber: Pid, positions: Mapping[bytes, int] | None
+        self,
+        store: Atom,
+        key: Key,
+        spec: Spec,
+        subscriber: Pid,
+        positions: Mapping[bytes, int] | None,
+        options: Mapping[Term, Term],
     ) -> None:
         feed = self.feed(store)
         joined = feed.subscribers(key)
@@ -453,7 +457,7 @@ class Subscriptions:
                     started.set_exception(_Refused(refused(problem)))
 
         feed.on_started.setdefault(key, []).append(tell)
-        feed.subscribe(key, spec, subscriber, positions)
+        feed.subscribe(key, spec, subscriber, positions, resumes=options.get(_RESUME, True) is True)
         try:
             await started
         except asyncio.CancelledError:
@@ -483,7 +487,7 @@ class Subscriptions:
             if owned is not None:
                 await _outcome(owned.ready)
                 if self._owned.get((store, name)) is owned:
-                    await self._join(store, name, spec, subscriber, None)
+                    await self._join(store, name, spec, subscriber, None, options)
                     return
                 continue
             owner = self._elsewhere(store, name)
@@ -528,7 +532,7 @@ class Subscriptions:
         problem = saved.problem()
         if problem is not None:
             raise _Refused(problem.reason)
-        kept = {key: value for key, value in options.items() if key is not _SUBSCRIBER}
+        kept = {key: value for key, value in options.items() if key not in (_SUBSCRIBER, _RESUME)}
         owned = _Owned(store, name, spec, kept, loop.create_future())
         self._owned[store, name] = owned
         try:
@@ -551,7 +555,7 @@ class Subscriptions:
                 spec = replace(spec, start=saved.start)
             feed.saved[name] = saved
             self._listen(owned)
-            await self._join(store, name, spec, subscriber, positions)
+            await self._join(store, name, spec, subscriber, positions, options)
         except ValueError as problem_found:
             self._unregister(owned)
             self._forget(owned)
@@ -707,7 +711,7 @@ class Subscriptions:
         taken_over: bool,
     ) -> None:
         """Subscribe for somebody who has subscribed already, here or wherever the subscription runs now."""
-        with_subscriber = {**options, _SUBSCRIBER: subscriber}
+        with_subscriber = {**options, _SUBSCRIBER: subscriber, _RESUME: False}
         until = asyncio.get_running_loop().time() + TAKE_OVER_S
         while not self._stopping and asyncio.get_running_loop().time() < until:
             reason: Term

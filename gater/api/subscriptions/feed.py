@@ -230,12 +230,15 @@ class Feed:
         if input.subscriber is not None:
             self._of_subscriber.setdefault(input.subscriber, {})[input.key] = subscription
             subscription.up(input.subscriber, self._now)
+        if input.resumes:
+            subscription.resume(self._now)
         self._touch(subscription)
 
     def _add(self, input: p.Subscribe, matcher: Matcher) -> Subscription:
         subscription = Subscription(
             input.key, input.spec, matcher, self._end, input.positions, self._effects, self._shares
         )
+        subscription.delivery.stopped = input.stopped
         self._subscriptions[input.key] = subscription
         self._shares.divide(len(self._subscriptions))
         self._group(matcher)[input.key] = subscription

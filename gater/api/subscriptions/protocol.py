@@ -214,13 +214,16 @@ class Spec:
 class Subscribe:
     """Start a subscription, or join the one of that key (`Refused` if it has another kind or selector).
 
-    `positions` is its saved checkpoint, None if there is none; `subscriber` None starts it without one.
+    `positions` is its saved checkpoint, None if there is none; `subscriber` None starts it without one. One that was
+    `stopped` where it ran before, or is here, goes on if that is what the subscriber wants (`resumes`).
     """
 
     key: Key
     spec: Spec
     subscriber: SubscriberId | None = None
     positions: Mapping[bytes, int] | None = None
+    stopped: bool = False
+    resumes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +484,13 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """It goes on again."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A transient subscription has ended with its subscriber."""
 
@@ -507,6 +517,7 @@ Effect: TypeAlias = (
     | Started
     | Refused
     | Stopped
+    | Resumed
     | Ended
     | Log
 )

@@ -4,7 +4,7 @@ All of it are snapshots, which every ExESDB store has, under sources of gater's 
 
     source "gater.checkpoint", stream NAME, version SHARD (from 0) or RECENT:
         %{type, selector, start, shard, write, positions: %{stream => number of the next event},
-          anew: %{stream => how often it began anew}}
+          anew: %{stream => how often it began anew}, stopped: whether a subscriber stopped it (in RECENT)}
     source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
         %{event, reason, attempts, write}
 
@@ -56,6 +56,7 @@ _SHARD: Final = Atom("shard")
 _WRITE: Final = Atom("write")
 _POSITIONS: Final = Atom("positions")
 _ANEW: Final = Atom("anew")
+_STOPPED: Final = Atom("stopped")
 _EVENT: Final = Atom("event")
 _REASON: Final = Atom("reason")
 _ATTEMPTS: Final = Atom("attempts")
@@ -134,6 +135,8 @@ class SavedState:
         self.selector = selector
         self.start = start
         """The first number wanted of a stream without a position: as given here, or as it was saved (`load`)."""
+        self.stopped = False
+        """Whether a subscriber stopped the subscription; saved with the next positions, if there are any or not."""
         self.era = 0
         """How often streams have begun anew here: what was to be saved before is not saved any more."""
         self._anew: dict[bytes, int] = {}
@@ -168,6 +171,7 @@ class SavedState:
             of_shard = _places(record)
             if shard == RECENT:
                 self._recent = of_shard
+                self.stopped = record.get(_STOPPED) is True
             else:
                 self._shards[shard] = of_shard
             _raise(places, of_shard)
@@ -215,6 +219,7 @@ class SavedState:
             _SHARD: shard,
             _POSITIONS: {stream: number for stream, (_, number) in places.items()},
             _ANEW: {stream: anew for stream, (anew, _) in places.items() if anew},
+            _STOPPED: self.stopped,
         }
         return await self._snapshots.write(CHECKPOINTS, self.name, shard, record)
 

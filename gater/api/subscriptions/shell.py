@@ -35,6 +35,9 @@ ARRIVE_S: Final = 0.1
 """How long what was sent with `auto_ack` has to arrive before it is saved as done: when a gateway is killed, what its
 peers have not read yet is lost."""
 
+SAVE_AGAIN_S: Final = 1.0
+"""Before another attempt to save what a store did not."""
+
 MIN_TICK_S: Final = 0.001
 """A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
 
@@ -89,6 +92,7 @@ class StoreFeed:
             p.Started: lambda effect: self._tell(effect.key, None),
             p.Refused: self._refused,
             p.Stopped: self._stopped,
+            p.Resumed: lambda effect: self._save_stopped(effect.key, False),
             p.Ended: self._ended,
             p.Log: lambda effect: log.warning(effect.event, store=str(store), **effect.fields),
         }
@@ -176,9 +180,16 @@ class StoreFeed:
     # Subscribers
 
     def subscribe(
-        self, key: Key, spec: p.Spec, subscriber: SubscriberId | None, positions: Mapping[bytes, int] | None
+        self,
+        key: Key,
+        spec: p.Spec,
+        subscriber: SubscriberId | None,
+        positions: Mapping[bytes, int] | None,
+        *,
+        resumes: bool,
     ) -> None:
-        """Start a subscription, or join it; `on_started` says how it went."""
+        """Start a subscription, or join it; `on_started` says how it went. One that a subscriber stopped stays so
+        unless the new one `resumes` it."""
         known = key in self._feed
         if subscriber is not None and subscriber not in self._subscribers_of.get(key, ()):
             self._keys_of.setdefault(subscriber, set()).add(key)
@@ -192,12 +203,12 @@ class StoreFeed:
             self._specs.pop(key, None)
         else:
             self._specs.setdefault(key, spec)
-        self.give(p.Subscribe(key, spec, subscriber, positions))
+        saved = self.saved.get(key)
+        stopped = saved is not None and saved.stopped
+        self.give(p.Subscribe(key, spec, subscriber, positions, stopped, resumes))
         self._joining = None
         status = self._feed.status(key)
         if known and status is not None and status.state != "starting":
-            if status.state == "stopped":
-                self.give(p.Resume(key))
             self._tell(key, None)
 
     def _pid_down(self, subscriber: Pid, reason: Term) -> None:
@@ -220,7 +231,7 @@ class StoreFeed:
                 continue
             for key in keys:
                 if key in self._feed and key in self._specs:
-                    self.subscribe(key, self._specs[key], subscriber, None)
+                    self.subscribe(key, self._specs[key], subscriber, None, resumes=False)
                     self.on_subscribers(key)
             return
 
@@ -392,6 +403,22 @@ class StoreFeed:
             stream=effect.stream,
             number=effect.number,
         )
+        self._save_stopped(effect.key, True)
+
+    def _save_stopped(self, key: Key, stopped: bool) -> None:
+        """Whoever takes over is to know."""
+        saved = self.saved.get(key)
+        if saved is None:
+            return
+        saved.stopped = stopped
+
+        async def save(saved: SavedState) -> None:
+            while not await saved.save({}):
+                await asyncio.sleep(SAVE_AGAIN_S)
+                if self.saved.get(key) is not saved or saved.stopped is not stopped:
+                    return
+
+        self._spawn(save(saved))
 
     def _ended(self, effect: p.Ended) -> None:
         for subscriber in self.subscribers(effect.key):

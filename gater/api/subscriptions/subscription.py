@@ -23,6 +23,7 @@ from gater.api.subscriptions.protocol import (
     Effect,
     Event,
     Key,
+    Resumed,
     SaveCheckpoint,
     Spec,
     Start,
@@ -128,6 +129,7 @@ class Subscription:
             self._effects.append(BeginAnew(self.key, streams))
             if not self.starting:
                 self.checkpoint.moved_all(streams, now)
+            if not self.must_save_start:
                 self.checkpoint.due(now)
 
     # Events
@@ -176,12 +178,14 @@ class Subscription:
         """Somebody joins."""
         self.had_subscriber = True
         if self.delivery.up(subscriber):
-            self.resume(now)
+            self.backlog.unstick_all(now)
 
     def resume(self, now: float) -> None:
         """Go on delivering, if it was stopped."""
-        self.delivery.stopped = False
-        self.backlog.unstick_all(now)
+        if self.delivery.stopped:
+            self.delivery.stopped = False
+            self._effects.append(Resumed(self.key))
+            self.backlog.unstick_all(now)
 
     def down(self, subscriber: SubscriberId, now: float) -> None:
         """Somebody is gone."""
