@@ -183,10 +183,20 @@ class Simulation:
         lost = self.streams if whole else [self.random.choice(self.streams)]
         for stream in lost:
             self.store.pop(stream, None)
-        self.queue = [
-            entry for entry in self.queue if not (isinstance(entry[2][1], p.Hint) and entry[2][1].stream in lost)
-        ]
-        heapify(self.queue)
+        # What is still on its way says nothing about what is stored from now on.
+        queue = []
+        for at, serial, (life, what) in self.queue:
+            match what:
+                case p.Hint(stream) if stream in lost:
+                    continue
+                case p.Page(token):
+                    queue.append((at, serial, (life, p.Page(token, None))))
+                case p.Counts(token):
+                    queue.append((at, serial, (life, p.Counts(token, None, 0.0))))
+                case _:
+                    queue.append((at, serial, (life, what)))
+        heapify(queue)
+        self.queue = queue
         self.index += 1
         for sub in self.subs.values():
             for stream in lost:

@@ -10,6 +10,7 @@ checkpoint (`saved.py`) and goes on with the same subscribers.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.delivery import MAX_REPLAYS
 from gater.api.subscriptions.matching import SelectorError, compile_selector
 from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, encoded_event
-from gater.api.subscriptions.saved import SavedState, Snapshots, Unreadable, parked_term
+from gater.api.subscriptions.saved import ABSORB_S, SavedState, Snapshots, Unreadable, parked_term
 from gater.api.subscriptions.shell import SAVE_AGAIN_S, StoreFeed
 from gater.erl.errors import CallError
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_server
@@ -528,7 +529,8 @@ class Subscriptions:
         loop = asyncio.get_running_loop()
         feed = self.feed(store)
         first = spec.start if isinstance(spec.start, int) else 0
-        saved = SavedState(feed.snapshots, name, spec.kind, spec.selector, first)
+        writer = self._service.node.name
+        saved = SavedState(feed.snapshots, name, spec.kind, spec.selector, first, writer=writer)
         problem = saved.problem()
         if problem is not None:
             raise _Refused(problem.reason)
@@ -567,6 +569,9 @@ class Subscriptions:
             raise
         if not owned.ready.done():
             owned.ready.set_result(None)
+        if saved.has_others:
+            # Not all at once: who takes over one subscription often takes over many.
+            loop.call_later(ABSORB_S * random.uniform(1, 2), lambda: self._spawn(self._absorb(owned, saved)))
         log.info("subscription_owned", store=str(store), subscription=name.decode(), taken_over=taken_over)
         return True
 
@@ -579,6 +584,13 @@ class Subscriptions:
             if refusal is None:
                 raise
             raise _Refused(refusal) from None
+
+    async def _absorb(self, owned: _Owned, saved: SavedState) -> None:
+        while self._owned.get((owned.store, owned.name)) is owned and not self._stopping:
+            with suppress(Unreadable):
+                if await saved.absorb():
+                    return
+            await asyncio.sleep(SAVE_AGAIN_S)
 
     def _store_lost(self, store: Atom, key: Key) -> None:
         """The store has lost events: it may have lost what is saved of this subscription too."""
@@ -818,7 +830,8 @@ class Subscriptions:
         return reply
 
     def _state(self, store: Atom, name: bytes, kind: Atom = schema.ANY, selector: Term = None) -> SavedState:
-        return SavedState(Snapshots(self._service, self.feed(store).reads), name, kind, selector)
+        snapshots = Snapshots(self._service, self.feed(store).reads)
+        return SavedState(snapshots, name, kind, selector, writer=self._service.node.name)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

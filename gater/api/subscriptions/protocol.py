@@ -420,8 +420,8 @@ class Deliver:
 class SaveCheckpoint:
     """Save for each of these streams the number of the next event not yet dealt with; answer with `Saved`.
 
-    Streams not named keep what was saved for them. A number never goes back but by `BeginAnew`: of two writers the
-    higher one counts.
+    Streams not named keep what was saved for them. A number never goes back but by `BeginAnew`: of two writers, in one
+    gateway or in two, the higher one counts.
     """
 
     key: Key

@@ -2,17 +2,21 @@
 
 All of it are snapshots, which every ExESDB store has, under sources of gater's own:
 
-    source "gater.checkpoint", stream NAME, version SHARD (from 0) or RECENT:
+    source "gater.checkpoint", stream NAME, version WRITER * 100 + SHARD (from 0) or RECENT:
         %{type, selector, start, shard, write, positions: %{stream => number of the next event},
-          anew: %{stream => how often it began anew}, stopped: whether a subscriber stopped it (in RECENT)}
+          anew: %{stream => how often it began anew}, stops: how often it was stopped and resumed}
     source "gater.parked.NAME", stream (hash of the event's stream), version (number of the event):
         %{event, reason, attempts, write}
 
 A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
-at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write; the
-higher number of a stream counts; where the stream has begun anew (its events were lost by the store), that of the last
-time. A stream that is in none of them begins at `start`. A store acknowledges no snapshot:
-what was written is read back, `write` tells it from an earlier one.
+at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write. A store
+acknowledges no snapshot: what was written is read back, `write` tells it from an earlier one.
+
+Two gateways may take a subscription for theirs for a while (one was frozen, or cut off from the other). So that neither
+undoes what the other has saved, each has snapshots of its own, by its `WRITER` number. Of all of them the higher number
+of a stream counts; where the stream has begun anew (its events were lost by the store), that of the last time. A stream
+that is in none of them begins at `start`. Who has had the subscription for `ABSORB_S` takes over what others have
+saved, and deletes it (`absorb`).
 """
 
 from __future__ import annotations
@@ -33,6 +37,15 @@ from gater.erl.terms import Atom, Term, exact_key
 
 CHECKPOINTS: Final = "gater.checkpoint"
 PARKED: Final = "gater.parked."
+
+ABSORB_S: Final = 60.0
+"""How long another gateway may still save what it takes for its own."""
+
+WRITER_VERSIONS: Final = 100
+"""Versions of snapshots for each writer: its shards and `RECENT`."""
+
+MAX_WRITERS: Final = 10_000_000
+"""Writers that there are numbers for; two gateways with the same one are as likely as that."""
 
 SHARDS: Final = 64
 """Snapshots of one checkpoint: 100,000 streams are 64 snapshots of some 50 kB."""
@@ -56,7 +69,7 @@ _SHARD: Final = Atom("shard")
 _WRITE: Final = Atom("write")
 _POSITIONS: Final = Atom("positions")
 _ANEW: Final = Atom("anew")
-_STOPPED: Final = Atom("stopped")
+_STOPS: Final = Atom("stops")
 _EVENT: Final = Atom("event")
 _REASON: Final = Atom("reason")
 _ATTEMPTS: Final = Atom("attempts")
@@ -128,15 +141,20 @@ class Snapshots:
 class SavedState:
     """Checkpoint and parked events of one persistent subscription."""
 
-    def __init__(self, snapshots: Snapshots, name: bytes, kind: Atom, selector: Term, start: int = 0) -> None:
+    def __init__(
+        self, snapshots: Snapshots, name: bytes, kind: Atom, selector: Term, start: int = 0, *, writer: Atom
+    ) -> None:
+        """`writer` is the node of the gateway that saves."""
         self._snapshots = snapshots
+        self._first_version = (1 + crc32(writer.name.encode()) % (MAX_WRITERS - 1)) * WRITER_VERSIONS
         self.name = name
         self.kind = kind
         self.selector = selector
         self.start = start
         """The first number wanted of a stream without a position: as given here, or as it was saved (`load`)."""
-        self.stopped = False
-        """Whether a subscriber stopped the subscription; saved with the next positions, if there are any or not."""
+        self.has_others = False
+        """Whether other gateways have saved something that is still there."""
+        self._stops = 0
         self.era = 0
         """How often streams have begun anew here: what was to be saved before is not saved any more."""
         self._anew: dict[bytes, int] = {}
@@ -159,7 +177,7 @@ class SavedState:
         places: dict[bytes, _Place] = {}
         self._shards.clear()
         self._recent = {}
-        for _, _, shard, record in found:
+        for _, _, version, record in found:
             same = exact_key(record.get(_SELECTOR)) == exact_key(self.selector)
             if record.get(_TYPE) is not self.kind or not same:
                 raise ValueError(
@@ -169,14 +187,51 @@ class SavedState:
             if type(start) is int and start >= 0:
                 self.start = start
             of_shard = _places(record)
+            shard = version - self._first_version
             if shard == RECENT:
                 self._recent = of_shard
-                self.stopped = record.get(_STOPPED) is True
-            else:
+            elif 0 <= shard < SHARDS:
                 self._shards[shard] = of_shard
+            else:
+                self.has_others = True
+            self._stops = max(self._stops, record.get(_STOPS, 0))
             _raise(places, of_shard)
         self._anew = {stream: anew for stream, (anew, _) in places.items() if anew}
         return {stream: number for stream, (_, number) in places.items()}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a subscriber stopped the subscription; saved with the next positions, be there any or not."""
+        return self._stops % 2 == 1
+
+    @stopped.setter
+    def stopped(self, stopped: bool) -> None:
+        self._stops += stopped is not self.stopped
+
+    async def absorb(self) -> bool:
+        """Save what other gateways have saved, and delete theirs; whether that is done. Raises `Unreadable`."""
+        async with self._lock:
+            others = [
+                (version, record)
+                for _, _, version, record in await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
+                if not 0 <= version - self._first_version < WRITER_VERSIONS
+            ]
+            touched = set()
+            for _, record in others:
+                for stream, place in _places(record).items():
+                    shard = _shard(stream)
+                    _raise(self._shards.setdefault(shard, {}), {stream: place})
+                    touched.add(shard)
+                self._stops = max(self._stops, record.get(_STOPS, 0))
+            written = await asyncio.gather(
+                self._write(RECENT, self._recent), *(self._write(shard, self._shards[shard]) for shard in touched)
+            )
+            if not all(written):
+                return False
+            for version, _ in others:
+                self._snapshots.delete(CHECKPOINTS, self.name, version)
+            self.has_others = False
+            return True
 
     def begin_anew(self, streams: Collection[bytes]) -> None:
         """What was saved for these streams counts no longer, as soon as something is saved."""
@@ -219,9 +274,9 @@ class SavedState:
             _SHARD: shard,
             _POSITIONS: {stream: number for stream, (_, number) in places.items()},
             _ANEW: {stream: anew for stream, (anew, _) in places.items() if anew},
-            _STOPPED: self.stopped,
+            _STOPS: self._stops,
         }
-        return await self._snapshots.write(CHECKPOINTS, self.name, shard, record)
+        return await self._snapshots.write(CHECKPOINTS, self.name, self._first_version + shard, record)
 
     @property
     def _parked_source(self) -> str:
