@@ -14,6 +14,7 @@ from gateway_kit import (
     STORE,
     Ask,
     Cluster,
+    Worker,
     caller_node,
     connected,
     function_door,
@@ -34,7 +35,7 @@ from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.api.subscriptions.protocol import Hint, Input
 from gater.api.subscriptions.reads import StoreReads
 from gater.erl import NodeOptions
-from gater.erl.gen_server import cast
+from gater.erl.gen_server import Caller, cast
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
@@ -641,6 +642,40 @@ async def test_who_was_told_that_it_takes_too_long_gets_nothing_later(
         assert (error, kind) == (ERROR, Atom("call_timeout"))
     feed = house.system.subscriptions.feed(STORE)
     assert (feed.keys(), feed.on_started, feed._monitors) == ([], {}, {})
+
+
+async def test_a_checkpoint_is_looked_for_where_it_must_be_though_no_member_has_been_asked_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_cluster(tmp_path, khepri=True) as cluster:
+        async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
+            await connected(system, cluster)
+            house = House(system, caller, function_door(caller, system))
+            assert (await house.subscribe(subscriber(caller), BY_STREAM, b"$s", b"p"))[0] is OK
+
+        reached, certain_reply = asyncio.Event(), StoreReads.certain_reply
+
+        def reaching(reads: StoreReads, request: Term) -> Awaitable[Term]:
+            reached.set()
+            return certain_reply(reads, request)
+
+        def behind(worker: Worker, request: Term, caller: Caller) -> Term:
+            """A member that has nothing yet, unless it is told to catch up."""
+            return worker.carry_out(request, caller) if cluster.fenced else (OK, {})
+
+        cluster.always(behind, "list_snapshots")
+        monkeypatch.setattr(StoreReads, "certain_reply", reaching)
+        async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
+            await connected(system, cluster)
+            house = House(system, caller, function_door(caller, system))
+            forms = dict(system.service.guarded_forms)
+            system.service.guarded_forms.clear()
+            cluster.fenced.clear()
+            subscribing = asyncio.ensure_future(house.subscribe(subscriber(caller), BY_STREAM, b"$t", b"p"))
+            await wait_until(reached.is_set, "the store to be asked")
+            system.service.guarded_forms.update(forms)
+            error, (reason, _) = await subscribing
+            assert (error, reason) == (ERROR, Atom("subscription_refused"))
 
 
 @pytest.mark.parametrize("fence", [schema.OK, schema.error(Atom("timeout"))])

@@ -41,6 +41,13 @@ ASK_AGAIN_S: Final = 5.0
 MAX_VERSIONS_AT_ONCE: Final = 32
 """Streams asked for their version at once where counts are not to be had."""
 
+ASKED_S: Final = 2.5
+"""How long a certain reply waits for members to be asked what they offer; leaves time for the reply before a caller
+gives up."""
+
+LOOK_AGAIN_S: Final = 0.05
+"""Between two looks whether they have been."""
+
 SEEN_S: Final = 60.0
 """For so long a member of the store that went out of sight may have what the others lack."""
 
@@ -100,11 +107,16 @@ class StoreReads:
         return await answered
 
     async def certain_reply(self, request: Term) -> Term:
-        """As `reply`, but of a member of the store that has everything there is, where a store offers to say so."""
-        service = self._service
-        nodes = self._khepri_nodes()
-        if service.is_embedded(self.store) or not nodes:
-            return await self.reply(request)
+        """As `reply`, but of a member of the store that has everything there is, where a store offers to say so. Waits
+        `ASKED_S` until the members have been asked whether they do."""
+        service, loop = self._service, asyncio.get_running_loop()
+        until = loop.time() + ASKED_S
+        while not (nodes := self._khepri_nodes()):
+            if service.is_embedded(self.store) or not self._unasked():
+                return await self.reply(request)
+            if loop.time() >= until:
+                return schema.error(schema.storage_failed("no member of the store says whether it can be waited for"))
+            await asyncio.sleep(LOOK_AGAIN_S)
         for node in nodes:
             worker = service.router.worker_on(self.store, node, asyncio.get_running_loop().time())
             if worker is None:
@@ -222,6 +234,12 @@ class StoreReads:
         )
         reply = await answered
         return reply[1] if reply[0] is schema.OK else None
+
+    def _unasked(self) -> bool:
+        """Whether some member has not been asked yet whether it offers Khepri."""
+        service = self._service
+        nodes = service.router.nodes(self.store)
+        return service.append_mode != "worker" and any(node not in service.guarded_forms for node in nodes)
 
     def _khepri_nodes(self) -> list[Atom]:
         """The members of the store that offer Khepri."""
