@@ -203,6 +203,9 @@ class StoreNode:
         return (200, await self._child_list_length(*arguments))
 
     async def _child_list_length(self, store: Atom, path: Term, options: Term) -> Term:
+        if path[0] is Atom("snapshots"):
+            ok, snapshots = await self.cluster.ask(("list_snapshots", store, path[1], schema.ANY))
+            return (ok, {tuple(each): {} for each in snapshots})
         _, which = path
         streams = (
             {Atom("if_any"): which[1], Atom("if_node_exists"): None}[which[0]] if type(which) is tuple else [which]

@@ -20,7 +20,7 @@ from gater.api.subscriptions.backlog import (
     PAGE_EVENTS,
 )
 from gater.api.subscriptions.checkpoints import MAX_STREAMS_PER_SAVE, SAVE_AFTER_S, SAVE_EVENTS, Checkpoint
-from gater.api.subscriptions.delivery import MAX_REPLAYS, PARK_AGAIN_S
+from gater.api.subscriptions.delivery import PARK_AGAIN_S
 from gater.api.subscriptions.feed import MAX_VAIN_READS
 from gater.api.subscriptions.poll import (
     ANSWER_S,
@@ -371,11 +371,18 @@ def test_parked_events_are_replayed_and_dropped_when_acknowledged() -> None:
     assert status.in_flight == 0
 
 
-def test_too_many_replays_at_once_are_refused() -> None:
-    driver = Driver()
-    driver.subscribe("s", slow())
-    with pytest.raises(ValueError, match="MAX_REPLAYS"):
-        driver(p.ReplayParked("s", [event("a", number) for number in range(MAX_REPLAYS + 1)]))
+def test_of_too_many_replays_the_first_are_taken_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.delivery.MAX_REPLAYS", 3)
+    driver = Driver(a=5)
+    driver.subscribe("s", slow(window=1), a=5)
+    parked = driver.store["a"]
+    assert got(driver(p.ReplayParked("s", parked[:2]))) == ["a/0"]
+    assert got(driver(p.ReplayParked("s", parked))) == []
+    assert {number for _, number in driver.feed.replaying("s")} == {0, 1, 2, 3}
+    for number in range(4):
+        driver(p.Ack("s", b"a", number))
+    assert got(driver.effects) == ["a/0", "a/1", "a/2", "a/3"]
+    assert not driver.feed.replaying("s")
 
 
 def test_auto_acknowledged_events_are_done_when_sent_and_wait_while_the_way_is_full() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -616,6 +616,46 @@ async def test_more_parked_events_than_may_be_replayed_at_once_are_replayed_in_p
     assert await house.ask("replay_parked", STORE, b"p") == (OK, 1)
     await me.has(6)
     assert me.seen[3:] == [(b"s", 0), (b"s", 1), (b"s", 2)]
+
+
+@pytest.mark.parametrize("khepri", [None, False, True])
+async def test_parked_events_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, khepri: bool | None
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.MAX_PARKED_BYTES", 1)
+    async with AsyncExitStack() as stack:
+        if khepri is None:
+            house = await stack.enter_async_context(open_house(tmp_path))
+        else:
+            cluster = await stack.enter_async_context(open_cluster(tmp_path, khepri=khepri))
+            system = await stack.enter_async_context(gateway(cluster))
+            caller = await stack.enter_async_context(caller_node(cluster.epmd_port))
+            await connected(system, cluster)
+            house = House(system, caller, function_door(caller, system))
+        client = await stack.enter_async_context(python_client(house.system))
+        await house.append(b"s", "a", "b", "c")
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
+        await me.has(3)
+        for event in me.events:
+            assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+
+        async def listed() -> list[int]:
+            return [each.event.event_number for each in await client.list_parked(STORE.name, "p")]
+
+        async def all_listed() -> bool:
+            return await listed() == [0, 1, 2]
+
+        await wait_until(all_listed, "three events to be parked")
+        assert len((await house.ask("list_parked", STORE, b"p"))[1]) == 1
+        # Those that are on their way are not taken again.
+        assert [await house.ask("replay_parked", STORE, b"p") for _ in range(4)] == [
+            (OK, count) for count in (1, 1, 1, 0)
+        ]
+        await me.has(6)
+        assert me.seen[3:] == [(b"s", 0), (b"s", 1), (b"s", 2)]
+        assert await house.ask("drop_parked", STORE, b"p") == (OK, 3)
+        assert await listed() == []
 
 
 async def test_a_subscription_may_be_the_first_request_of_a_gateway(tmp_path: Path) -> None:

@@ -274,14 +274,20 @@ class Gateway:
 
     async def list_parked(self, store: str, name: str) -> list[ParkedEvent]:
         """The events that were put aside, why, and how often each had been delivered."""
-        parked = await self._ask_gateway("list_parked", store, name)
-        return [
-            ParkedEvent(RecordedEvent.from_term(each[Atom("event")]), each[Atom("reason")], each[Atom("attempts")])
-            for each in parked
-        ]
+        parked: list[ParkedEvent] = []
+        while True:
+            after = (schema.event_place(parked[-1].event),) if parked else ()
+            page = await self._ask_gateway("list_parked", store, name, *after)
+            if not page:
+                return parked
+            parked += [
+                ParkedEvent(RecordedEvent.from_term(each[Atom("event")]), each[Atom("reason")], each[Atom("attempts")])
+                for each in page
+            ]
 
     async def replay_parked(self, store: str, name: str) -> int:
-        """Have the events that were put aside delivered again; how many there are."""
+        """Have the events that were put aside delivered again; how many. Of very many (1,000, or 16 MB) the first that
+        are not on their way again already: call it again for the rest."""
         return int(await self._ask_gateway("replay_parked", store, name))
 
     async def drop_parked(self, store: str, name: str, event: RecordedEvent | None = None) -> int:

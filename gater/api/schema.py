@@ -1058,11 +1058,10 @@ def _check_named(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
     return Request(spec, store, None, term)
 
 
-def _check_drop(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
-    """`{:drop_parked, store, name, event}`, or without an event: all of them."""
+def _check_parked(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+    """`{op, store, name, event}`: a parked event of a subscription."""
     request = _check_named(spec, term)
-    if len(term) == 4:
-        _check_event_place(spec, term[1], term[3])
+    _check_event_place(spec, term[1], term[3])
     return request
 
 
@@ -1094,9 +1093,10 @@ def _specs() -> list[RequestSpec]:
         RequestSpec("subscribe", 6, call, write, again, _check_subscribe),
         RequestSpec("subscription_status", 3, call, read, again, _check_named),
         RequestSpec("list_parked", 3, call, read, again, _check_named),
+        RequestSpec("list_parked", 4, call, read, again, _check_parked),
         RequestSpec("replay_parked", 3, call, write, again, _check_named),
-        RequestSpec("drop_parked", 3, call, write, again, _check_drop),
-        RequestSpec("drop_parked", 4, call, write, again, _check_drop),
+        RequestSpec("drop_parked", 3, call, write, again, _check_named),
+        RequestSpec("drop_parked", 4, call, write, again, _check_parked),
         RequestSpec("record_snapshot", 6, cast, write, again, _check_snapshot),
         RequestSpec("delete_snapshot", 5, cast, write, again, _check_snapshot),
     ]

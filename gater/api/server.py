@@ -96,6 +96,7 @@ _CALLS: Final[tuple[tuple[str, int, Build], ...]] = (
     ("subscribe", 5, _named("subscribe")),
     ("subscription_status", 2, _named("subscription_status")),
     ("list_parked", 2, _named("list_parked")),
+    ("list_parked", 3, _named("list_parked")),
     ("replay_parked", 2, _named("replay_parked")),
     ("drop_parked", 2, _named("drop_parked")),
     ("drop_parked", 3, _named("drop_parked")),

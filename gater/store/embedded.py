@@ -135,6 +135,11 @@ class EmbeddedStores:
         term = (Atom("stream_counts"), store, streams)
         self._submit(Request(_COUNTS, store, None, term), store, on_reply)
 
+    def snapshot_places(self, store: Atom, source: str, on_reply: OnReply) -> None:
+        """Stream and version of each snapshot of a source, as `{:ok, [{stream, version}]}`."""
+        term = (Atom("places_of_snapshots"), store, source)
+        self._submit(Request(_PLACES, store, None, term), store, on_reply)
+
     def committed(self, store: Atom) -> int | None:
         """A number that grows with every commit of this store; None if it is not held here."""
         worker = self._workers.get(store)
@@ -208,15 +213,17 @@ class _QueuedRead:
     on_reply: OnReply
 
 
-_COUNTS: Final = RequestSpec(
-    "stream_counts",
-    3,
-    is_cast=False,
-    is_write=False,
-    idempotent=True,
-    check=lambda spec, term: Request(spec, term[1], None, term),
-)
-"""Asked by this node's subscriptions only: no request that comes from outside is checked into one of these."""
+def _own_read(op: str) -> RequestSpec:
+    """Asked by this node's subscriptions only: no request that comes from outside is checked into one of these."""
+
+    def check(spec: RequestSpec, term: tuple[Term, ...]) -> Request:
+        return Request(spec, term[1], None, term)
+
+    return RequestSpec(op, 3, is_cast=False, is_write=False, idempotent=True, check=check)
+
+
+_COUNTS: Final = _own_read("stream_counts")
+_PLACES: Final = _own_read("places_of_snapshots")
 
 _SNAPSHOTS: Final = "snapshots"
 _SUBSCRIPTIONS: Final = "subscriptions"

@@ -513,6 +513,11 @@ class StoreReader:
         select = f"SELECT entry AS term FROM snapshots WHERE {where} ORDER BY source, stream, version"
         return records.ok_map(*self._joined(select, *(name for _, name in given)))
 
+    def _places_of_snapshots(self, term: tuple[Term, ...]) -> Term:
+        """`{:places_of_snapshots, store, source}`: stream and version of each of its snapshots; for this node only."""
+        select = "SELECT stream, version FROM snapshots WHERE source = ?"
+        return schema.ok(self._connection.execute(select, (term[2].encode(),)).fetchall())
+
     def _quick_health_check(self, term: tuple[Term, ...]) -> Term:
         self._one("SELECT 1 FROM meta LIMIT 1")
         return checks.quick_health(self._store_id, self._node)
@@ -552,6 +557,7 @@ _ANSWERS: Final[dict[str, Callable[[StoreReader, tuple[Term, ...]], Term]]] = {
     "get_subscriptions": StoreReader._get_subscriptions,
     "read_snapshot": StoreReader._read_snapshot,
     "list_snapshots": StoreReader._list_snapshots,
+    "places_of_snapshots": StoreReader._places_of_snapshots,
     "quick_health_check": StoreReader._quick_health_check,
     "verify_cluster_consistency": StoreReader._verify_cluster_consistency,
     "verify_membership_consensus": StoreReader._verify_membership_consensus,

@@ -21,6 +21,7 @@ A subscriber with `auto_ack` gets no entries: what was sent is done. What holds 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Final
 from zlib import crc32
@@ -50,6 +51,9 @@ PARK_AGAIN_S: Final = 1.0
 
 MAX_REPLAYS: Final = 10_000
 """Parked events waiting to be replayed; whoever replays more does it in parts."""
+
+MAX_REPLAY_BYTES: Final = 32 * 1024 * 1024
+"""And their bytes, but for the last event."""
 
 RETRIED_TOO_OFTEN: Final = Atom("max_retries")
 """Why an event is parked that was retried too often, where nobody gave a reason."""
@@ -226,11 +230,17 @@ class Delivery:
         self._send(entry, subscriber, now)
         return True
 
-    def replay(self, events: list[Event]) -> None:
-        """Deliver parked events again, as soon as there is room; ValueError if too many wait for that already."""
-        if len(self._replays) + len(events) > MAX_REPLAYS:
-            raise ValueError(f"more than MAX_REPLAYS ({MAX_REPLAYS}) parked events to be replayed at once")
+    @property
+    def replaying(self) -> dict[tuple[bytes, int], int]:
+        """The parked events that are to be delivered again, or have been and are not dealt with; and their sizes."""
+        return {place: entry.event.size for place, entry in self._entries.items() if entry.replayed}
+
+    def replay(self, events: Sequence[Event]) -> None:
+        """Deliver parked events again, as soon as there is room: those that are not waiting for that already, until
+        there are `MAX_REPLAYS`."""
         for event in events:
+            if len(self._replays) >= MAX_REPLAYS:
+                return
             if (event.stream, event.number) not in self._entries:
                 entry = self._entries[event.stream, event.number] = Entry(event, replayed=True)
                 self._replays.append(entry)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -23,10 +24,20 @@ from gater.api import schema
 from gater.api.schema import Rejected, Request
 from gater.api.service import OnReply, OnTaken, Service
 from gater.api.subscriptions import protocol as p
-from gater.api.subscriptions.delivery import MAX_REPLAYS
+from gater.api.subscriptions.delivery import MAX_REPLAY_BYTES, MAX_REPLAYS
 from gater.api.subscriptions.matching import SelectorError, compile_selector
 from gater.api.subscriptions.protocol import Action, Hint, Key, Options, Spec, Start, Strategy, encoded_event
-from gater.api.subscriptions.saved import ABSORB_S, SavedState, Snapshots, Unreadable, parked_term
+from gater.api.subscriptions.saved import (
+    ABSORB_S,
+    MAX_PARKED_BYTES,
+    MAX_PARKED_READ,
+    ParkedPlace,
+    SavedState,
+    Snapshots,
+    Unreadable,
+    parked_place,
+    parked_term,
+)
 from gater.api.subscriptions.shell import SAVE_AGAIN_S, StoreFeed
 from gater.erl.errors import CallError
 from gater.erl.gen_server import NO_REPLY, Caller, GenServer, call, cast, spawn_server
@@ -303,7 +314,7 @@ class Subscriptions:
             # Any gateway can: what is parked is in the store.
             await self._must_know(store)
         if request.op == "list_parked":
-            return schema.ok([parked_term(*each) for each in await self._state(store, name).parked()])
+            return await self._list_parked(store, name, *term[3:])
         if request.op == "drop_parked":
             return await self._drop_parked(store, name, *term[3:])
         owned = self._owned.get((store, name))
@@ -312,13 +323,7 @@ class Subscriptions:
         await _outcome(owned.ready)
         feed = self.feed(store)
         if request.op == "replay_parked":
-            events = [event for event, _, _ in await feed.saved[name].parked()][:MAX_REPLAYS]
-            try:
-                feed.give(p.ReplayParked(name, events))
-            except ValueError:
-                # Others are being replayed.
-                raise _Refused(schema.OVERLOADED) from None
-            return schema.ok(len(events))
+            return await self._replay_parked(feed, name)
         status = feed.status(name)
         if status is None:
             raise _Refused(not_found(name))
@@ -335,13 +340,35 @@ class Subscriptions:
         if not service.router.is_known(store):
             raise _Refused(schema.store_not_found(store))
 
+    async def _list_parked(self, store: Atom, name: bytes, after: Mapping[Term, Term] | None = None) -> Term:
+        saved = self._state(store, name)
+        places = await saved.parked_places()
+        if after is not None:
+            places = places[bisect_right(places, _place_of(after)) :]
+        found = await saved.parked(places, MAX_PARKED_READ, MAX_PARKED_BYTES)
+        return schema.ok([parked_term(*each) for each in found])
+
+    async def _replay_parked(self, feed: StoreFeed, name: bytes) -> Term:
+        """Have the first of those replayed that are not already; how many."""
+        saved = feed.saved[name]
+        places = await saved.parked_places()
+        replaying = feed.replaying(name)
+        waiting = {parked_place(*place) for place in replaying}
+        places = [place for place in places if place not in waiting]
+        room, room_bytes = MAX_REPLAYS - len(replaying), MAX_REPLAY_BYTES - sum(replaying.values())
+        if places and (room <= 0 or room_bytes <= 0):
+            raise _Refused(schema.OVERLOADED)
+        found = await saved.parked(places, min(room, MAX_PARKED_READ), min(room_bytes, MAX_PARKED_BYTES))
+        feed.give(p.ReplayParked(name, [event for event, _, _ in found]))
+        return schema.ok(len(found))
+
     async def _drop_parked(self, store: Atom, name: bytes, event: Mapping[Term, Term] | None = None) -> Term:
         # The owner keeps nothing of it.
         saved = self._state(store, name)
-        found = [each for each, _, _ in await saved.parked()]
+        found = await saved.parked_places()
         if event is not None:
-            place = (event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
-            found = [each for each in found if (each.stream, each.number) == place]
+            place = _place_of(event)
+            found = [each for each in found if each == place]
         if not await saved.drop(found):
             raise _Refused(schema.storage_failed("the parked events are still there"))
         return schema.ok(len(found))
@@ -855,6 +882,10 @@ async def _flushed(saved: SavedState | None) -> None:
 async def _outcome(ready: asyncio.Future[None]) -> None:
     """Wait for a future that others wait for too: giving up must not end it."""
     await asyncio.shield(ready)
+
+
+def _place_of(event: Mapping[Term, Term]) -> ParkedPlace:
+    return parked_place(event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
 
 
 def _name_in(record: Term) -> Term:

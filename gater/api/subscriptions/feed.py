@@ -204,6 +204,11 @@ class Feed:
         subscription = self._subscriptions.get(key)
         return None if subscription is None else subscription.status
 
+    def replaying(self, key: Key) -> dict[tuple[bytes, int], int]:
+        """The parked events of a subscription that are being delivered again, and their sizes."""
+        subscription = self._subscriptions.get(key)
+        return {} if subscription is None else subscription.delivery.replaying
+
     def statuses(self) -> Iterator[p.Status]:
         """How all subscriptions stand."""
         return (subscription.status for subscription in self._subscriptions.values())
@@ -381,7 +386,7 @@ class Feed:
     def _replay_parked(self, input: p.ReplayParked) -> None:
         subscription = self._subscriptions.get(input.key)
         if subscription is not None:
-            subscription.delivery.replay(list(input.events))
+            subscription.delivery.replay(input.events)
             self._touch(subscription)
 
     def _park_saved(self, input: p.ParkSaved) -> None:

@@ -271,7 +271,8 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class ReplayParked:
-    """Deliver these parked events again; each is dropped from the parked ones (`DropParked`) once acknowledged."""
+    """Deliver these parked events again; each is dropped from the parked ones (`DropParked`) once acknowledged. Those
+    that wait for that already are not delivered twice; of too many the first are."""
 
     key: Key
     events: Sequence[Event]

@@ -58,6 +58,7 @@ AT_ONCE_BYTES: Final = 128 * 1024
 """Counts of some 4,000 streams are read at once, in 5 ms; more of them in a thread."""
 
 _ANY_NODE: Final = (Atom("if_node_exists"), True)
+SNAPSHOTS: Final = Atom("snapshots")
 _IF_ANY: Final = Atom("if_any")
 _PROPS: Final = {Atom("props_to_return"): [CHILD_LIST_LENGTH]}
 _COUNTS_LEVELS: Final = 2
@@ -131,6 +132,30 @@ class StoreReads:
     def page(self, stream: bytes, start: int, count: int, on_page: Callable[[Sequence[Event] | None], None]) -> None:
         """`count` events from `start` on; None if they could not be read."""
         self.ask(schema.get_events_request(self.store, stream, start, count), lambda reply: on_page(_events(reply)))
+
+    async def snapshot_places(self, source: str) -> list[tuple[bytes, int]] | None:
+        """Stream and version of the snapshots of a source, in order; None if there is no answer. Only where a store
+        offers nothing better are the snapshots read for that."""
+        service = self._service
+        if service.embedded is not None and service.is_embedded(self.store):
+            answered: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+            service.embedded.snapshot_places(
+                self.store, source, lambda reply: None if answered.done() else answered.set_result(reply)
+            )
+            reply = await answered
+            return sorted(reply[1]) if reply[0] is schema.OK else None
+        for node in self._khepri_nodes():
+            arguments: list[Term] = [self.store, [SNAPSHOTS, source.encode(), _ANY_NODE, _ANY_NODE], _PROPS]
+            try:
+                ok, found = await erpc_call(
+                    service.node, node, "khepri_adv", "get_many", arguments, timeout_s=COUNT_TIMEOUT_S
+                )
+                if ok is schema.OK:
+                    return _places(found)
+            except (ErlangException, ErlError, TypeError, ValueError, LookupError):
+                continue
+        reply = await self.reply(schema.list_snapshots_request(self.store, source, schema.ANY))
+        return _places(reply[1]) if reply[0] is schema.OK else None
 
     async def counts(self, streams: Sequence[bytes] | None) -> Counted | None:
         """Count the events of these streams or of all; None if there is no answer."""
@@ -320,6 +345,10 @@ class StoreReads:
             self._service.node, node, "ra", "key_metrics", arguments, timeout_s=INDEX_TIMEOUT_S
         )
         return int(metrics[_LAST_APPLIED])
+
+
+def _places(found: Mapping[Term, Any]) -> list[tuple[bytes, int]]:
+    return sorted((path[2], int(path[3])) for path in found if len(path) == 4)
 
 
 def _timed_counts(found: Term) -> tuple[dict[bytes, int], float]:

@@ -56,6 +56,15 @@ RECENT: Final = SHARDS
 MAX_RECENT: Final = 500
 """Streams in it, some 15 kB; when there are more they are written to the shards they belong to."""
 
+MAX_PARKED_READ: Final = 1_000
+"""Parked events that are read for one request, one by one."""
+
+PARKED_READ_S: Final = 2.0
+"""How long that may go on: its caller waits."""
+
+MAX_PARKED_BYTES: Final = 16 * 1024 * 1024
+"""And their bytes, but for the last event."""
+
 CONFIRM_S: Final = 3.0
 """How long a snapshot may take to be there before its write counts as failed."""
 
@@ -77,6 +86,10 @@ _ATTEMPTS: Final = Atom("attempts")
 
 _Place: TypeAlias = tuple[int, int]
 """How often the stream has begun anew, and the number of the next event: the higher one counts."""
+
+
+ParkedPlace: TypeAlias = tuple[bytes, int]
+"""Where a parked event is: the hash of its stream, and its number."""
 
 
 class Unreadable(Exception):
@@ -132,6 +145,22 @@ class Snapshots:
             for path, record in reply[1].items()
             if isinstance(record, Mapping) and len(path) == 4
         ]
+
+    async def places(self, source: str) -> list[ParkedPlace]:
+        """Stream and version of the snapshots of a source, in order. Raises `Unreadable`."""
+        places = await self._reads.snapshot_places(source)
+        if places is None:
+            raise Unreadable(schema.storage_failed("the store does not say which snapshots it has"))
+        return places
+
+    async def read(self, source: str, stream: bytes, version: int) -> Mapping[Term, Term]:
+        """One snapshot; empty if there is none any more. Raises `Unreadable`."""
+        reply = await self._reads.reply(schema.read_snapshot_request(self.store, source, stream, version))
+        if reply[0] is schema.OK:
+            return reply[1] if isinstance(reply[1], Mapping) else {}
+        if schema.is_not_found(reply[1]):
+            return {}
+        raise Unreadable(reply[1])
 
     def delete(self, source: str | bytes, stream: str | bytes, version: int) -> None:
         """Have one deleted; nobody says when."""
@@ -291,37 +320,48 @@ class SavedState:
         """Forget a parked event."""
         self._snapshots.delete(self._parked_source, _hash(stream), number)
 
-    async def drop(self, events: Sequence[Event]) -> bool:
+    async def drop(self, places: Collection[ParkedPlace]) -> bool:
         """Forget these parked events; whether they are certain to be gone. Raises `Unreadable`."""
-        going = {(event.stream, event.number) for event in events}
         loop = asyncio.get_running_loop()
         until = loop.time() + CONFIRM_S
         while True:
-            left = going & {(event.stream, event.number) for event, _, _ in await self.parked()}
+            left = set(places) & set(await self.parked_places())
             if not left or loop.time() >= until:
                 return not left
             for stream, number in left:
-                self.drop_parked(stream, number)
+                self._snapshots.delete(self._parked_source, stream, number)
             await asyncio.sleep(LOOK_AGAIN_S)
 
-    async def parked(self) -> list[tuple[Event, Term, int]]:
-        """The parked events, with reason and attempts, in the order they were appended. Raises `Unreadable`."""
-        found = []
-        for _, _, _, record in await self._snapshots.all(self._parked_source, None):
+    async def parked_places(self) -> list[ParkedPlace]:
+        """Where the parked events are, in order. Raises `Unreadable`."""
+        return await self._snapshots.places(self._parked_source)
+
+    async def parked(self, places: Sequence[ParkedPlace], most: int, most_bytes: int) -> list[tuple[Event, Term, int]]:
+        """The parked events of the first of these places, with reason and attempts: at most so many and so many bytes
+        (but for the last event), and what can be read in time. Raises `Unreadable`."""
+        found: list[tuple[Event, Term, int]] = []
+        read_bytes = 0
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PARKED_READ_S
+        for stream, number in places:
+            if len(found) >= most or read_bytes >= most_bytes or (found and loop.time() >= until):
+                break
+            record = await self._snapshots.read(self._parked_source, stream, number)
             try:
                 event = event_of(record.get(_EVENT))
             except schema.SchemaError:
                 continue
             found.append((event, record.get(_REASON), int(record.get(_ATTEMPTS, 0))))
-        found.sort(key=lambda each: (each[0].epoch, each[0].stream, each[0].number))
+            read_bytes += event.size
         return found
 
     async def remove(self) -> None:
         """Have everything deleted."""
         async with self._lock:
-            for source, stream in ((CHECKPOINTS, self.name), (self._parked_source, None)):
-                for of, below, version, _ in await self._snapshots.all(source, stream):
-                    self._snapshots.delete(of, below, version)
+            for source, stream, version, _ in await self._snapshots.all(CHECKPOINTS, self.name):
+                self._snapshots.delete(source, stream, version)
+            for stream, version in await self.parked_places():
+                self._snapshots.delete(self._parked_source, stream, version)
             self._shards.clear()
             self._recent = {}
             self._anew = {}
@@ -340,6 +380,11 @@ def _raise(places: dict[bytes, _Place], to: Mapping[bytes, _Place]) -> None:
     """Have each stream at the higher place."""
     for stream, place in to.items():
         places[stream] = max(place, places.get(stream, place))
+
+
+def parked_place(stream: bytes, number: int) -> ParkedPlace:
+    """Where this event is if it is parked."""
+    return (_hash(stream).encode(), number)
 
 
 def parked_term(event: Event, reason: Term, attempts: int) -> Term:

@@ -109,6 +109,10 @@ class StoreFeed:
         """How a subscription stands."""
         return self._feed.status(key)
 
+    def replaying(self, key: Key) -> dict[tuple[bytes, int], int]:
+        """The parked events of a subscription that are being delivered again, and their sizes."""
+        return self._feed.replaying(key)
+
     def keys_of(self, subscriber: SubscriberId) -> list[Key]:
         """The subscriptions of a subscriber."""
         return list(self._keys_of.get(subscriber, ()))
