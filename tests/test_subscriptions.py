@@ -485,6 +485,18 @@ def test_a_checkpoint_is_written_after_a_hundred_acknowledgements() -> None:
     assert [save.positions for save in of(p.SaveCheckpoint, effects)] == [{b"a": SAVE_EVENTS}]
 
 
+def test_what_gathers_while_a_checkpoint_is_written_is_written_as_soon_as_that_is_done() -> None:
+    driver = Driver(a=3 * SAVE_EVENTS)
+    driver.subscribe("s", slow(window=3 * SAVE_EVENTS))
+    driver.saves = False
+    [first] = of(p.SaveCheckpoint, driver(*(p.Ack("s", b"a", number) for number in range(SAVE_EVENTS))))
+    assert not of(
+        p.SaveCheckpoint, driver(*(p.Ack("s", b"a", number) for number in range(SAVE_EVENTS, 3 * SAVE_EVENTS)))
+    )
+    [second] = of(p.SaveCheckpoint, driver(p.Saved("s", first.token, True)))
+    assert second.positions == {b"a": 3 * SAVE_EVENTS}
+
+
 def test_where_a_subscription_from_now_begins_is_saved_before_it_has_started() -> None:
     driver = Driver(a=3, b=1)
     driver.saves = False

@@ -5,7 +5,8 @@ skipped, parked or not wanted. `Checkpoint` only remembers in which streams that
 for when they are written, so they can never be ahead of acknowledgement.
 
 One write is under way at a time. The next begins after `SAVE_EVENTS` acknowledgements or `SAVE_AFTER_S` after the first
-one that is not in it; a failed one is repeated.
+one that is not in it; a failed one is repeated. So after a crash so many come again, and those that were acknowledged
+during one write: when it is done the next begins at once if so many have gathered.
 """
 
 from __future__ import annotations
