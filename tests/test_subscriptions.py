@@ -29,6 +29,7 @@ from gater.api.subscriptions.poll import (
     CONFIRM_S,
     COSTS_KEPT,
     INDEX_S,
+    LOOK_COST_S,
     MAX_CREDIT_S,
     MAX_OWN_CREDIT_S,
     OWN_SHARE,
@@ -809,6 +810,25 @@ def test_pages_are_bounded() -> None:
     driver.subscribe("s", slow(auto_ack=True, window=10_000))
     assert max(read.count for read in of(p.ReadPage, driver.effects)) == PAGE_EVENTS
     assert len(got(driver.effects)) == 1000
+
+
+@pytest.mark.parametrize("gateways", [1, 2, 5, 10])
+def test_gateways_together_keep_a_node_busy_for_two_percent_of_its_time_at_most(gateways: int) -> None:
+    seconds, cost = 2_000, 0.024
+    plans = [PollPlan(0.0) for _ in range(gateways)]
+    busy = 0.0
+    for step in range(seconds * 10):
+        now = step / 10
+        for plan in plans:
+            plan.sharers = gateways
+            if plan.index_due(now):
+                busy += LOOK_COST_S
+                plan.index(step, now)
+            if plan.counts_due(now):
+                busy += cost
+                plan.counts(True, cost, now)
+    saved_up = gateways * (MAX_CREDIT_S + COSTS_KEPT * cost)
+    assert 0.01 * seconds < busy <= 0.02 * seconds + saved_up
 
 
 # A store that has lost events

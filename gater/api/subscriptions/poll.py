@@ -4,8 +4,8 @@ The safety net below all hints (protocols.md, section 6, "What changed?"): the R
 a millisecond whatever its size, so it is asked for often; only when it has moved are the event counts of the streams
 asked for, which cost milliseconds per thousand streams. What counting costs is paid from a credit that grows at
 `BUSY_SHARE` of the time: after quiet times counting follows a change at once, under steady load it is spread out.
-Gateways ask the same node, so each takes its part of that share. Reading the answer costs the gateway itself more than
-giving it costs the node: that is paid from a credit of its own.
+Gateways ask the same node, so each takes its part of that share, and the more there are the less often it looks.
+Reading the answer costs the gateway itself more than giving it costs the node: that is paid from a credit of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from collections import deque
 from typing import Final
 
 INDEX_S: Final = 0.1
-"""Between two looks at the Raft index."""
+"""Between two looks at the Raft index, of one gateway or two; of more of them each looks less often."""
 
-BUSY_SHARE: Final = 0.018
-"""How much of its time the store's node may spend on counting; with the looks at the index it stays below 2 %."""
+LOOK_COST_S: Final = 0.0003
+"""What a look at the index costs the store's node, whatever its size."""
+
+LOOK_SHARE: Final = 0.006
+"""How much of its time the store's node may spend on such looks, of all gateways together: four of them look every 0.2
+s each, eight every 0.4 s."""
+
+BUSY_SHARE: Final = 0.014
+"""How much of its time the store's node may spend on counting; with the looks that makes 2 %."""
 
 MAX_CREDIT_S: Final = 1.0
 """Credit that can be saved up: forty counts of 10,000 streams in a row, or three of 100,000."""
@@ -75,7 +82,7 @@ class PollPlan:
         if now < self._next_index:
             return False
         self._asked_index = now
-        self._next_index = now + INDEX_S
+        self._next_index = now + max(INDEX_S, self.sharers * LOOK_COST_S / LOOK_SHARE)
         return True
 
     def index(self, value: int | None, now: float) -> None:
