@@ -170,6 +170,8 @@ class System:
             self.service.members(change.store, set(status.members).difference(status.outsiders))
         elif "suspect" in (change.before, change.after):
             self.service.suspect(change.node, change.after == "suspect")
+            if change.after == "suspect":
+                self.subscriptions.suspect(change.node)
 
     def _no_quorum(self, store: Atom) -> Term | None:
         """The split-brain guard: what `{:error, {:no_quorum, details}}` says, or None while all is well."""

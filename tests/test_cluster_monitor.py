@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 
 from gater.cluster import monitor
 from gater.cluster.connector import Connector
+from gater.cluster.introductions import GATER
 from gater.cluster.monitor import (
+    ASK_TIMEOUT_S,
     DIFFER_FOR_S,
     DOUBT_TIMEOUT_S,
+    GATEWAY_REFRESH_S,
     HEALTH_INTERVAL_S,
     MAX_STORES_PER_NODE,
     MINORITY_AFTER_S,
@@ -137,6 +140,18 @@ def test_a_node_without_ex_esdb_is_asked_for_its_applications_only_and_seldom_on
     later = [each for each in cluster.pass_time(10 * HEALTH_INTERVAL_S) if isinstance(each, Ask)]
     assert len(later) <= 11
     assert {each.question for each in settling + later} == {APPLICATIONS}
+
+
+def test_a_gateway_is_asked_so_often_that_five_seconds_of_silence_are_noticed() -> None:
+    cluster = Cluster()
+    cluster.applications[CLIENT] = [(GATER, [], []), *STOPPED]
+    cluster.do(cluster.state.connected(CLIENT, 0.0))
+    cluster.pass_time(SETTLING_S + HEALTH_INTERVAL_S)
+    assert GATEWAY_REFRESH_S + ASK_TIMEOUT_S <= 5
+    asked = [each for each in cluster.pass_time(10 * GATEWAY_REFRESH_S) if isinstance(each, Ask)]
+    assert len(asked) == 10
+    cluster.silent.add(CLIENT)
+    assert changes(cluster.pass_time(GATEWAY_REFRESH_S)) == [(CLIENT, "up", "suspect", False)]
 
 
 def test_a_node_that_says_for_the_first_time_what_it_runs_is_told_each_time_it_connects() -> None:

@@ -1024,6 +1024,53 @@ async def _none(found: Awaitable[bool]) -> bool:
     return not await found
 
 
+async def test_the_subscriptions_of_a_gateway_that_does_not_answer_are_taken_over(tmp_path: Path) -> None:
+    async with two_houses(tmp_path) as (_, house, other):
+        me = subscriber(other.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a")
+        await me.has(1)
+        silent = house.system.node.name
+        other.system.subscriptions.suspect(silent)
+        await wait_until(lambda: (STORE, b"p") in other.system.subscriptions._owned, "the other one to take over")
+
+        async def settled() -> bool:
+            owners = [each for each in (house, other) if (STORE, b"p") in each.system.subscriptions._owned]
+            statuses = [await each.ask("subscription_status", STORE, b"p") for each in (house, other)]
+            return (
+                len(owners) == 1
+                and all(kind is OK and found[_SUBSCRIBERS] == 1 for kind, found in statuses)
+                and {found[Atom("node")] for _, found in statuses} == {owners[0].system.node.name}
+            )
+
+        await wait_until(lambda: other.system.node.name in house.system.node.nodes(), "the two to meet again")
+        await wait_until(settled, "one of them to have the subscription")
+        await house.append(b"s", "b")
+        await wait_until(lambda: (b"s", 1) in me.seen, "what is appended after that")
+        # A node without subscriptions is left alone.
+        other.system.subscriptions.suspect(house.caller.name)
+        assert house.caller.name in other.system.node.nodes()
+
+
+_SUBSCRIBERS = Atom("subscribers")
+
+
+async def test_a_gateway_that_was_away_goes_on_from_the_checkpoint(house: House) -> None:
+    me = subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+    await house.append(b"s", "a", "b")
+    await me.has(2)
+    assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
+    door = house.system.subscriptions
+    before = door._owned[STORE, b"p"]
+    door._look_at_clock(asyncio.get_running_loop().time() - 10)
+    await wait_until(lambda: door._owned.get((STORE, b"p"), before) is not before, "the subscription to begin again")
+    await me.has(3)
+    await house.append(b"s", "c")
+    await me.has(4)
+    assert me.seen[2:] == [(b"s", 1), (b"s", 2)]
+
+
 async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_store(tmp_path: Path) -> None:
     async with two_houses(tmp_path) as (cluster, house, other):
         me = subscriber(house.caller)

@@ -34,6 +34,9 @@ REFRESH_S: Final = 3.0
 """How often an ExESDB node is asked for its applications, stores, leaders and members: a node that hangs or a leader
 that has changed is noticed within this time plus `ASK_TIMEOUT_S`."""
 
+GATEWAY_REFRESH_S: Final = 2.0
+"""The same for a gateway: one that hangs is suspect after 5 s, and what it was doing is taken over."""
+
 RECHECK_S: Final = 1.0
 """How often a suspect node, and a store whose nodes disagree or whose leader is gone, are asked again: recovery should
 not wait."""
@@ -516,6 +519,8 @@ class ClusterState:
         )
         if node.state == "suspect" or (node.is_ex_esdb and unsettled):
             wait_s = RECHECK_S
+        elif node.is_gater:
+            wait_s = GATEWAY_REFRESH_S
         else:
             watched = node.is_ex_esdb or now < node.connected_at + SETTLING_S
             wait_s = REFRESH_S if watched else self._health_interval_s

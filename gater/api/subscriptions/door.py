@@ -5,6 +5,11 @@ in the gateway that has its name in Swarm's registry, `{:gater_subscription, sto
 to the process registered there. Definition and subscribers stand in the properties of that name, so that when its
 gateway goes every other one knows what to take over: all of them try to register the name, one gets it, reads the
 checkpoint (`saved.py`) and goes on with the same subscribers.
+
+A gateway that does not answer any more (it is frozen, or cut off and nobody has noticed yet) is disconnected, so that
+its subscriptions are taken over as if it had died. When it goes on it finds that it has been away, gives all of its own
+up and asks for them again, from their checkpoints. Until Swarm has settled who has a name there may be two owners: what
+one of them has sent may come again from the other; neither undoes what the other has saved.
 """
 
 from __future__ import annotations
@@ -77,6 +82,12 @@ TRY_AGAIN_S: Final = 0.1
 
 MAX_SUBSCRIBERS: Final = 1_000
 """Who share one subscription: each is watched, and all stand together in Swarm's registry."""
+
+BEAT_S: Final = 0.5
+"""How often a gateway looks at the clock to find that it has been away."""
+
+AWAY_S: Final = 2.5
+"""For so long it must have been away; others take it for gone after 3 s at the earliest."""
 
 STALE_S: Final = 2.0
 """How long a checkpoint that must be there is looked for: the member of the store that is asked may be behind."""
@@ -189,6 +200,7 @@ class Subscriptions:
         self._unsubscribe: list[Callable[[], None]] = []
         self._stopping = False
         self._end_watch: Callable[[], None] = lambda: None
+        self._beat: asyncio.TimerHandle | None = None
         self._moving: Counter[tuple[Atom, bytes]] = Counter()
         """Subscriptions that are changing hands, and how many are at it."""
 
@@ -201,11 +213,14 @@ class Subscriptions:
         self._service.subscriptions = self
         if self._swarm is not None:
             self._end_watch = self._swarm.watch_starting_with(SUBSCRIPTION, self._name_changed)
+        self._look_at_clock(asyncio.get_running_loop().time())
 
     async def stop(self) -> None:
         """Save where everything stands and give it away."""
         self._stopping = True
         self._end_watch()
+        if self._beat is not None:
+            self._beat.cancel()
         for end in self._unsubscribe:
             end()
         await asyncio.gather(*(self._give_away(owned) for owned in list(self._owned.values())))
@@ -690,12 +705,12 @@ class Subscriptions:
             owned.told = now
             self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
 
-    def _unregister(self, owned: _Owned) -> None:
-        """Free the name. Who looks at its properties now finds nobody to take it over for, unless we are stopping."""
+    def _unregister(self, owned: _Owned, *, to_others: bool = False) -> None:
+        """Free the name. Who looks at its properties finds nobody to take it over for, unless it goes `to_others`."""
         if owned.server is None or not owned.server.process.alive:
             return
         if self._swarm is not None and self._swarm.whereis(owned.swarm_name) == owned.server.pid:
-            if not self._stopping:
+            if not (to_others or self._stopping):
                 owned.told = []
                 self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
             self._swarm.ask(UntrackName(owned.swarm_name), _ignore)
@@ -773,6 +788,37 @@ class Subscriptions:
         if not self._stopping:
             log.error("take_over_given_up", subscription=name.decode(), pid=str(subscriber))
 
+    def suspect(self, node: Atom) -> None:
+        """A node does not answer: if it is a gateway with subscriptions it counts as gone."""
+        if self._swarm is None or self._stopping:
+            return
+        if any(entry.pid.node is node for entry in self._swarm.registry.starting_with(SUBSCRIPTION)):
+            log.warning("silent_gateway_disconnected", peer=str(node))
+            self._service.node.disconnect(node)
+
+    def _look_at_clock(self, last: float) -> None:
+        if self._stopping:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if now - last >= AWAY_S and self._owned:
+            log.warning("gateway_was_away", seconds=round(now - last, 1), subscriptions=len(self._owned))
+            for owned in list(self._owned.values()):
+                if owned.ready.done():
+                    self._moving[owned.store, owned.name] += 1
+                    self._spawn(self._own_again(owned))
+        self._beat = loop.call_later(BEAT_S, self._look_at_clock, now)
+
+    async def _own_again(self, owned: _Owned) -> None:
+        """Another gateway may have taken it over, and be ahead of what is known here."""
+        try:
+            feed = self.feed(owned.store)
+            subscribers = [each for each in feed.subscribers(owned.name) if isinstance(each, Pid)]
+            await self._give_away(owned)
+            await self._keep_trying_all(owned, subscribers)
+        finally:
+            self._moved(owned.store, owned.name)
+
     def lost(self, owned: _Owned) -> None:
         """Another gateway has the name now: our subscribers go there."""
         if self._owned.get((owned.store, owned.name)) is not owned:
@@ -788,21 +834,24 @@ class Subscriptions:
     async def _move(self, owned: _Owned, saved: SavedState | None, subscribers: Sequence[Pid]) -> None:
         try:
             await _flushed(saved)
-            await asyncio.gather(
-                *(
-                    self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
-                    for subscriber in subscribers
-                )
-            )
+            await self._keep_trying_all(owned, subscribers)
         finally:
             self._moved(owned.store, owned.name)
+
+    async def _keep_trying_all(self, owned: _Owned, subscribers: Sequence[Pid]) -> None:
+        await asyncio.gather(
+            *(
+                self._keep_trying(owned.store, owned.name, owned.spec, owned.options, subscriber, taken_over=False)
+                for subscriber in subscribers
+            )
+        )
 
     async def _give_away(self, owned: _Owned) -> None:
         feed = self.feed(owned.store)
         saved = feed.saved.get(owned.name)
         feed.release(owned.name)
         await _flushed(saved)
-        self._unregister(owned)
+        self._unregister(owned, to_others=True)
         self._forget(owned)
 
     async def _remove(self, request: Request, passed_on: bool) -> None:
