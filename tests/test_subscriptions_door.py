@@ -1071,6 +1071,35 @@ async def test_a_gateway_that_was_away_goes_on_from_the_checkpoint(house: House)
     assert me.seen[2:] == [(b"s", 1), (b"s", 2)]
 
 
+async def test_what_was_under_way_is_acknowledged_through_a_gateway_that_drains(tmp_path: Path) -> None:
+    async with two_houses(tmp_path) as (cluster, house, other):
+        me = subscriber(house.caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a", "b")
+        await me.has(2)
+        draining = schema.error(schema.DRAINING)
+        assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
+        await house.system.subscriptions.stop()
+        house.system.service._draining = True
+
+        async def in_flight() -> Term:
+            ok, status = await other.ask("subscription_status", STORE, b"p")
+            return ok is OK and status[Atom("node")] is other.system.node.name and status[Atom("in_flight")]
+
+        await wait_until(in_flight, "the other gateway to have sent it again")
+        assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[1]) is OK
+
+        async def done() -> bool:
+            return await in_flight() == 0
+
+        await wait_until(done, "the other gateway to have been told")
+        assert me.seen == [(b"s", 0), (b"s", 1), (b"s", 1)]
+        # New requests are refused all the same, and no store is told of what it would take for a new subscription.
+        assert await house.ask("ack_event", STORE, b"nobody's", me.pid, me.events[0]) == draining
+        assert await house.ask("save_subscription", STORE, BY_STREAM, b"$s", b"q") == draining
+        assert not any(cast[0] is Atom("ack_event") for cast in cluster.casts)
+
+
 async def test_what_is_acknowledged_between_two_gateways_is_not_told_to_the_store(tmp_path: Path) -> None:
     async with two_houses(tmp_path) as (cluster, house, other):
         me = subscriber(house.caller)

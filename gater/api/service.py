@@ -54,6 +54,9 @@ AppendMode: TypeAlias = Literal["auto", "guarded", "worker"]
 
 _ABOUT_SUBSCRIPTIONS: Final = frozenset({"save_subscription", "remove_subscription", "ack_event", "nack_event"})
 
+_FINISHING: Final = frozenset({"ack_event", "nack_event"})
+"""Casts that end what has been begun: they are taken while new requests are refused."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -294,11 +297,10 @@ class Service:
 
     def cast(self, request: Term, on_taken: OnTaken, *, raw: Term = None) -> None:
         """Carry out a cast; `on_taken` is called once: with None when it has been sent, or with why it could not be."""
-        if self._draining:
-            on_taken(Rejected(schema.DRAINING))
-            return
         checked = check_request(request, cast=True)
-        if isinstance(checked, Rejected):
+        if self._draining and (isinstance(checked, Rejected) or checked.op not in _FINISHING):
+            on_taken(Rejected(schema.DRAINING))
+        elif isinstance(checked, Rejected):
             on_taken(checked)
         elif (
             self.subscriptions is not None
@@ -306,6 +308,9 @@ class Service:
             and self.subscriptions.cast(checked, on_taken)
         ):
             return
+        elif self._draining:
+            # It is about a subscription that nobody has taken over yet: the event will come again.
+            on_taken(Rejected(schema.DRAINING))
         elif self.embedded is not None and self.is_embedded(checked.store):
             on_taken(self.embedded.cast(checked))
         elif checked.store is not None and (refusal := self.write_refusal(checked.store)) is not None:
