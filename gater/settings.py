@@ -50,6 +50,9 @@ DEFAULT_CLUSTER_SECRET: Final = "dev_cluster_secret"
 DEFAULT_DNS_POLLING_INTERVAL_MS: Final = 5_000
 """As libcluster's DNSPoll."""
 
+MIN_INTERVAL_MS: Final = 100
+"""What is done again and again asks or tells every node of the cluster: ten times a second is the most that helps."""
+
 MAX_DNS_POLLING_INTERVAL_MS: Final = 150_000
 """A node found by DNS is forgotten when it was not named for five minutes; one failed query must not do that."""
 
@@ -255,6 +258,7 @@ def _parse_embedded(value: object) -> Path | None:
 _BOOL: Final = Kind("true or false", _parse_bool)
 _PORT: Final = _whole(1, 65_535)
 _MILLISECONDS: Final = _whole(1, 86_400_000, "(milliseconds)")
+_INTERVAL: Final = _whole(MIN_INTERVAL_MS, 86_400_000, "(milliseconds)")
 _IP: Final = Kind("an IP address", _parse_ip)
 _IPV4: Final = Kind("an IPv4 address", _parse_ipv4)
 _SECRET: Final = Kind("text", _parse_secret)
@@ -343,14 +347,14 @@ class Settings:
     connection_retry_interval_ms: int = _setting(
         DEFAULT_CONNECTION_RETRY_INTERVAL_MS,
         "cluster.connection_retry_interval_ms",
-        _MILLISECONDS,
+        _INTERVAL,
         "how long to wait before connecting to a lost node again",
         env=("EXESDB_GATER_CONNECTION_RETRY_INTERVAL",),
     )
     health_check_interval_ms: int = _setting(
         DEFAULT_HEALTH_CHECK_INTERVAL_MS,
         "cluster.health_check_interval_ms",
-        _MILLISECONDS,
+        _INTERVAL,
         "how often the health of nodes is checked",
         env=("EXESDB_GATER_HEALTH_CHECK_INTERVAL",),
     )
@@ -423,7 +427,7 @@ class Settings:
     dns_polling_interval_ms: int = _setting(
         DEFAULT_DNS_POLLING_INTERVAL_MS,
         "dns.polling_interval_ms",
-        _whole(100, MAX_DNS_POLLING_INTERVAL_MS, "(milliseconds)"),
+        _whole(MIN_INTERVAL_MS, MAX_DNS_POLLING_INTERVAL_MS, "(milliseconds)"),
         "how often DNS is asked",
         env=("EX_ESDB_GATER_DNS_POLLING_INTERVAL",),
     )

@@ -412,7 +412,7 @@ async def gateway(
         "embedded": embedded,
         "stores": (STORE.name,),
         "connect": tuple(name for each in cluster for name in each.names),
-        "connection_retry_interval_ms": 50,
+        "connection_retry_interval_ms": 100,
         "drain_timeout_ms": 200,
     }
     system = System(Settings(**(chosen | settings)))

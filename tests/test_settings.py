@@ -294,6 +294,16 @@ def test_dns_settings_that_find_nobody_are_refused(given: dict[str, Any], proble
         Settings(**given)
 
 
+@pytest.mark.parametrize(
+    "name", ["health_check_interval_ms", "connection_retry_interval_ms", "dns_polling_interval_ms"]
+)
+def test_an_interval_that_would_keep_the_cluster_busy_is_refused(name: str) -> None:
+    for too_short in (0, 1, 99):
+        with pytest.raises(SettingsError, match=rf"{too_short}, allowed is a whole number from 100 to"):
+            Settings(**{name: too_short})  # type: ignore[arg-type]
+    assert getattr(Settings(**{name: 100}), name) == 100  # type: ignore[arg-type]
+
+
 def test_the_longest_polling_interval_is_one_that_the_strategy_takes() -> None:
     DnsPoll("stores.local", "store", MAX_DNS_POLLING_INTERVAL_MS / 1000)
     with pytest.raises(ValueError, match="DNS is asked"):
