@@ -386,6 +386,16 @@ def test_of_too_many_replays_the_first_are_taken_and_none_twice(monkeypatch: pyt
     assert not driver.feed.replaying("s")
 
 
+def test_an_event_found_among_the_parked_ones_before_its_writer_knows_is_replayed() -> None:
+    driver = Driver(a=1)
+    driver.subscribe("s", slow())
+    assert of(p.Park, driver(p.Nack("s", b"a", 0, Action.PARK)))
+    assert got(driver(p.ReplayParked("s", driver.store["a"]))) == ["a/0"]
+    assert of(p.DropParked, driver(p.ParkSaved("s", b"a", 0, True), p.Ack("s", b"a", 0))) == [
+        p.DropParked("s", b"a", 0)
+    ]
+
+
 def test_auto_acknowledged_events_are_done_when_sent_and_wait_while_the_way_is_full() -> None:
     driver = Driver(a=300)
     assert len(got(driver.subscribe("s", slow(auto_ack=True, window=1)))) == 300

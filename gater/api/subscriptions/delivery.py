@@ -235,12 +235,14 @@ class Delivery:
         """The parked events that are to be delivered again, or have been and are not dealt with; and their sizes."""
         return {place: entry.event.size for place, entry in self._entries.items() if entry.replayed}
 
-    def replay(self, events: Sequence[Event]) -> None:
+    def replay(self, events: Sequence[Event], now: float) -> None:
         """Deliver parked events again, as soon as there is room: those that are not waiting for that already, until
         there are `MAX_REPLAYS`."""
         for event in events:
             if len(self._replays) >= MAX_REPLAYS:
                 return
+            # It was read among the parked ones: so it is saved, be that known here or not.
+            self.park_saved(event.stream, event.number, True, now)
             if (event.stream, event.number) not in self._entries:
                 entry = self._entries[event.stream, event.number] = Entry(event, replayed=True)
                 self._replays.append(entry)

@@ -386,7 +386,7 @@ class Feed:
     def _replay_parked(self, input: p.ReplayParked) -> None:
         subscription = self._subscriptions.get(input.key)
         if subscription is not None:
-            subscription.delivery.replay(input.events)
+            subscription.delivery.replay(input.events, self._now)
             self._touch(subscription)
 
     def _park_saved(self, input: p.ParkSaved) -> None:
