@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -160,6 +161,10 @@ class StandInCluster:
     async def kill(self, member: int) -> None:
         """`kill -9`."""
         await self.members[member].kill()
+
+    def wipe(self, member: int) -> None:
+        """Remove the data of a member that is not running, as a real single node does itself when it ends."""
+        shutil.rmtree(Path(self._data.name) / str(member))
 
     async def restart(self, member: int) -> None:
         """Start a killed member again and wait until it has caught up."""

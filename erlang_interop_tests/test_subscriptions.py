@@ -184,6 +184,67 @@ async def test_another_gateway_takes_over_when_one_is_killed_or_stands_still(bea
         await wait_until(all_seen, timeout_s=20.0)
 
 
+async def test_a_store_that_was_wiped_is_delivered_from_its_beginning_and_keeps_the_subscription(beam: Beams) -> None:
+    elixir = await beam.start("elixir")
+    options: dict[str, Any] = {"cookie": elixir.cookie, "epmd_port": await beam.epmd_port()}
+    async with (
+        standin_cluster(beam, 1, stores=[STORE.name]) as cluster,
+        gater_process(connect=cluster.names, **options) as gater,
+    ):
+        gate = await ready(Gate([gater], elixir, cluster))
+        me = await gate.process(b"p", ack=gater)
+        reply = await gate.api("subscribe", STORE, Atom("by_stream"), b"$all", b"p", {Atom("subscriber"): me})
+        assert reply == (Atom("ok"), b"p")
+        await gate.append(b"s", 5)
+        await gate.has(me, 5)
+
+        async def saved(number: int) -> bool:
+            found = await gate.api("list_snapshots", STORE, b"gater.checkpoint", b"p")
+            positions = [record[Atom("positions")].get(b"s") for record in found[1].values()] if found[1] else []
+            return positions == [number]
+
+        await wait_until(lambda: saved(5))
+        await cluster.kill(0)
+        cluster.wipe(0)
+        await cluster.restart(0)
+        await ready(gate)
+
+        async def appended() -> bool:
+            events = [NewEvent("new", {}).to_term() for _ in range(3)]
+            return (await gate.api("append_events", STORE, b"s", -1, events))[0] is Atom("ok")
+
+        await wait_until(appended)
+        assert (await gate.has(me, 8))[5:] == [(b"s", 0), (b"s", 1), (b"s", 2)]
+        await wait_until(lambda: saved(3))
+
+
+async def test_parked_events_are_listed_replayed_and_dropped(gate: Gate) -> None:
+    me = await gate.process()
+    options = {Atom("subscriber"): me}
+    assert (await gate.api("subscribe", STORE, Atom("by_stream"), b"$s", b"p", options))[0] is Atom("ok")
+    await gate.append(b"s", 3)
+    await gate.has(me, 3)
+    for number in range(3):
+        place = {Atom("event_stream_id"): b"s", Atom("event_number"): number}
+        nack = (STORE, b"p", me, place, (Atom("park"), b"why"))
+        assert await gate.api("nack_event", *nack) is Atom("ok")
+
+    async def parked(*after: Term) -> list[Any]:
+        _, found = await gate.api("list_parked", STORE, b"p", *after)
+        return [(each[Atom("event")][Atom("event_number")], each[Atom("reason")]) for each in found]
+
+    async def all_parked() -> bool:
+        return await parked() == [(number, b"why") for number in range(3)]
+
+    await wait_until(all_parked)
+    assert await parked({Atom("event_stream_id"): b"s", Atom("event_number"): 1}) == [(2, b"why")]
+    assert await gate.api("replay_parked", STORE, b"p") == (Atom("ok"), 3)
+    await gate.has(me, 6)
+    assert await gate.api("replay_parked", STORE, b"p") == (Atom("ok"), 0)
+    assert await gate.api("drop_parked", STORE, b"p") == (Atom("ok"), 3)
+    assert await parked() == []
+
+
 async def test_a_process_that_never_reads_holds_up_nobody_and_gets_no_more_than_its_window(gate: Gate) -> None:
     lazy = await gate.elixir.eval("spawn(fn -> Process.sleep(:infinity) end)")
     busy = await gate.process(b"busy", ack=gate.gaters[0])
