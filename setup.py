@@ -1,10 +1,13 @@
-"""The build of gater: as `pyproject.toml` says, and with GATER_COMPILE=1 the codec compiled by mypyc.
+"""The build of gater: as `pyproject.toml` says, and with GATER_COMPILE=1 what each message passes compiled by mypyc.
 
     GATER_COMPILE=1 pip install .     or, in a checkout:     make compile
 
 The compiled modules are made from the very files that run without them and are preferred by Python when they are there.
 What cannot be compiled (no C compiler, no headers of Python, no mypy) is one line on standard error, and gater runs
-from source, half as fast. Which of the two runs is `gater.erl.etf.COMPILED`.
+from source. Which of the two runs is `gater.erl.etf.COMPILED`.
+
+Compiled are modules that nobody makes subclasses of, and whose annotations hold for whatever a peer may send: what mypyc
+compiles raises TypeError where a value is not what it is declared to be.
 """
 
 from __future__ import annotations
@@ -23,7 +26,28 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES: Final = ("gater/erl/dist_header.py", "gater/erl/etf.py", "gater/erl/phash2.py")
+SOURCES: Final = (
+    "gater/api/append.py",
+    "gater/api/decoding.py",
+    "gater/api/guarded.py",
+    "gater/api/router.py",
+    "gater/api/subscriptions/backlog.py",
+    "gater/api/subscriptions/checkpoints.py",
+    "gater/api/subscriptions/delivery.py",
+    "gater/api/subscriptions/feed.py",
+    "gater/api/subscriptions/poll.py",
+    "gater/api/subscriptions/protocol.py",
+    "gater/api/subscriptions/subscription.py",
+    "gater/erl/busy_wait.py",
+    "gater/erl/connection.py",
+    "gater/erl/dist_header.py",
+    "gater/erl/etf.py",
+    "gater/erl/phash2.py",
+    "gater/erl/process.py",
+    "gater/erl/routing.py",
+    "gater/erl/signals.py",
+    "gater/pubsub/messages.py",
+)
 LIBRARY: Final = "gater.erl._compiled"
 """mypyc adds `__mypyc`: one library beside the modules, each of which is a stub that leads into it."""
 
@@ -36,7 +60,7 @@ class CannotCompile(Exception):
     """Something needed is missing; says what."""
 
 
-class BuildCodec(build_ext):
+class BuildCompiled(build_ext):
     """`build_ext` that compiles all of `SOURCES` or nothing, and never fails."""
 
     def finalize_options(self) -> None:
@@ -83,13 +107,13 @@ def _require() -> None:
 
 
 def _left_out(why: str) -> None:
-    print(f"gater: codec not compiled, it runs from source: {why}", file=sys.stderr, flush=True)
+    print(f"gater: not compiled, it runs from source: {why}", file=sys.stderr, flush=True)
 
 
 extra: dict[str, Any] = {}
 if WANTED:
-    # The extension only says that there is something to build: what, `BuildCodec` finds out once mypy is there.
-    extra = {"ext_modules": [Extension(LIBRARY, [])], "cmdclass": {"build_ext": BuildCodec}}
+    # The extension only says that there is something to build: what, `BuildCompiled` finds out once mypy is there.
+    extra = {"ext_modules": [Extension(LIBRARY, [])], "cmdclass": {"build_ext": BuildCompiled}}
     if "egg_info" in sys.argv and find_spec("mypyc") is None:
         # This is pip, asking what the build needs.
         extra["setup_requires"] = ["mypy>=1.11"]

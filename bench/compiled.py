@@ -1,4 +1,4 @@
-"""A copy of gater with its codec compiled (`make compile`), to be measured beside the one that runs from source."""
+"""A compiled copy of gater (`make compile`), to be measured beside the one that runs from source."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def echo_cells() -> list[Cell]:
 async def run(seconds: float, rounds: int, compiled: Path | None) -> tuple[list[Table], float]:
     """The tables, and the round trip of 10 B between BEAM nodes with one caller (p50, ns).
 
-    `compiled` is the directory of a gater with its codec compiled, if there is one.
+    `compiled` is the directory of a compiled gater, if there is one.
     """
     loops = [loop for loop in LOOPS if loop == "asyncio" or importlib.util.find_spec(loop) is not None]
     async with contextlib.AsyncExitStack() as stack:
@@ -106,7 +106,7 @@ def _table(
         [
             "The callers are processes of one BEAM node; each calls `gen_server:call({echo, Node}, Payload)` again and "
             "again. The server is another BEAM node or a Python process with `gater.erl`, which looks for input for "
-            "200 µs before it sleeps, as a gateway does; *compiled* is on uvloop and with the codec compiled "
+            "200 µs before it sleeps, as a gateway does; *compiled* is on uvloop and compiled "
             "(`make compile`). *Spread* is by how much the calls/s of the rounds differ: fastest over slowest.",
         ],
     )

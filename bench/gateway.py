@@ -59,7 +59,7 @@ def _page() -> list[Term]:
 
 async def run(seconds: float, rounds: int, beam_echo_ns: float | None, compiled: Path | None) -> Table:
     """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured, `compiled` the
-    directory of a gater with its codec compiled, if there is one."""
+    directory of a compiled gater, if there is one."""
     async with contextlib.AsyncExitStack() as stack:
         beams = Beams()
         stack.push_async_callback(beams.close)

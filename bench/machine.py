@@ -68,7 +68,7 @@ def description(otp: str) -> list[tuple[str, str]]:
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("gater", _commit()),
         ("Python", f"{platform.python_implementation()} {platform.python_version()}"),
-        ("codec", "compiled" if COMPILED else "from source, unless it says *compiled*"),
+        ("gater runs", "compiled" if COMPILED else "from source, unless it says *compiled*"),
         ("uvloop", version_of("uvloop")),
         ("Erlang/OTP", otp),
         ("erlang_py", version_of("erlang_py")),

@@ -191,7 +191,7 @@ async def run(
     subscribers: int = MANY_SUBSCRIBERS,
 ) -> Table:
     """The table; `beam_echo_ns` is the BEAM's own echo round trip of the same run, if it was measured, `compiled` the
-    directory of a gater with its codec compiled, if there is one."""
+    directory of a compiled gater, if there is one."""
     table = Table(
         "Subscriptions",
         ("what", "to", "p50", "p99", "most", "events/s", "gater CPU an event"),

@@ -9,10 +9,19 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from gater import system
+from gater.erl.etf import COMPILED
 
 # How long an example takes says more about what else the machine is doing than about the code.
 settings.register_profile("gater", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gater")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In what is compiled, constants are built in, and Python code cannot make subclasses of its classes."""
+    if COMPILED:
+        for item in items:
+            if item.get_closest_marker("changes_source") is not None:
+                item.add_marker(pytest.mark.skip(reason="changes what is built in where gater is compiled"))
 
 
 @pytest.fixture(autouse=True)

@@ -518,6 +518,7 @@ def does_not_know_its_own_record(
     ],
     ids=lambda each: each.__name__,
 )
+@pytest.mark.changes_source
 def test_the_simulation_finds_what_is_unsafe(plan: Any, expression: Any) -> None:
     for seed in range(2_000):
         try:

@@ -220,6 +220,7 @@ async def test_drain_returns_when_the_peer_is_gone() -> None:
         peer.writer.close()
 
 
+@pytest.mark.changes_source
 async def test_a_peer_for_which_too_much_waits_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gater.erl.connection.MAX_QUEUED_BYTES", 30 * 1024 * 1024)
     assert MAX_QUEUED_BYTES > 30 * 1024 * 1024
@@ -235,6 +236,7 @@ async def test_a_peer_for_which_too_much_waits_is_given_up(monkeypatch: pytest.M
         peer.writer.close()
 
 
+@pytest.mark.changes_source
 async def test_too_much_for_a_peer_still_to_be_connected_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gater.erl.connection.MAX_QUEUED_BYTES", 1024 * 1024)
     async with two_nodes() as (one, two):

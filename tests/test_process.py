@@ -435,6 +435,7 @@ async def busy(server: Counter) -> None:
     await wait_until(lambda: not server.process.queue_length())
 
 
+@pytest.mark.changes_source
 async def test_a_process_that_lets_too_many_messages_wait_is_ended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gater.erl.process.MAX_MAILBOX_MESSAGES", 100)
     monkeypatch.setattr("gater.erl.gen_server.MAX_SUSPENDED_MESSAGES", 100)

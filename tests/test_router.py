@@ -97,6 +97,7 @@ def test_a_store_that_was_seen_stays_known_without_workers() -> None:
     assert router.choose(STORE, b"s", NOW) is None
 
 
+@pytest.mark.changes_source
 def test_no_more_workers_are_kept_than_the_limit_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "MAX_WORKERS", 5)
     router = router_of(*(entry(0, number) for number in range(20)))
@@ -310,6 +311,7 @@ def test_gateways_that_see_different_workers_agree_on_every_owner_both_see() -> 
     assert agreed > 50
 
 
+@pytest.mark.changes_source
 def test_the_order_of_nodes_is_found_anew_when_workers_or_members_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "MAX_RANKED", 10)
     router = router_of(entry(0, 1), entry(1, 1))

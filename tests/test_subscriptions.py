@@ -372,6 +372,7 @@ def test_parked_events_are_replayed_and_dropped_when_acknowledged() -> None:
     assert status.in_flight == 0
 
 
+@pytest.mark.changes_source
 def test_of_too_many_replays_the_first_are_taken_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gater.api.subscriptions.delivery.MAX_REPLAYS", 3)
     driver = Driver(a=5)

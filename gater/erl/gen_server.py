@@ -187,11 +187,12 @@ class ServerReceiver:
             if kind is GEN_CALL and len(message) == 3 and _is_from(message[1]):
                 caller = Caller(*message[1])
                 answer = self.server.handle_call(message[2], caller)
+                if answer is NO_REPLY:
+                    return None
                 if type(answer) is CoroutineType or (type(answer) not in _TERMS and inspect.isawaitable(answer)):
                     return self._answer_later(caller, answer)
-                if answer is not NO_REPLY:
-                    process = self.process
-                    process.node.reply(caller, answer, process.pid)
+                process = self.process
+                process.node.reply(caller, answer, process.pid)
                 return None
             if kind is GEN_CAST and len(message) == 2:
                 return self.server.handle_cast(message[1])
