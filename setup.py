@@ -6,8 +6,8 @@ The compiled modules are made from the very files that run without them and are 
 What cannot be compiled (no C compiler, no headers of Python, no mypy) is one line on standard error, and gater runs
 from source. Which of the two runs is `gater.erl.etf.COMPILED`.
 
-Compiled are modules that nobody makes subclasses of, and whose annotations hold for whatever a peer may send: what mypyc
-compiles raises TypeError where a value is not what it is declared to be.
+Compiled are modules that nobody makes subclasses of, and whose annotations hold for whatever a peer may send: what
+mypyc compiles raises TypeError where a value is not what it is declared to be.
 """
 
 from __future__ import annotations

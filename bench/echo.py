@@ -106,8 +106,8 @@ def _table(
         [
             "The callers are processes of one BEAM node; each calls `gen_server:call({echo, Node}, Payload)` again and "
             "again. The server is another BEAM node or a Python process with `gater.erl`, which looks for input for "
-            "200 µs before it sleeps, as a gateway does; *compiled* is on uvloop and compiled "
-            "(`make compile`). *Spread* is by how much the calls/s of the rounds differ: fastest over slowest.",
+            "200 µs before it sleeps, as a gateway does; *compiled* (`make compile`) is on uvloop. "
+            "*Spread* is by how much the calls/s of the rounds differ: fastest over slowest.",
         ],
     )
     for cell in cells:
