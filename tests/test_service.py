@@ -41,7 +41,7 @@ from gateway_kit import (
 )
 from node_kit import wait_until
 
-from gater.api import discovery, schema, worker_calls
+from gater.api import discovery, fences, schema, worker_calls
 from gater.api.server import API_MODULE
 from gater.erl import Node
 from gater.erl.errors import CallTimeout, ErlangThrow
@@ -329,6 +329,34 @@ async def test_a_worker_appends_only_when_its_node_has_what_others_wrote(tmp_pat
         ops = [str(request[0]) for _, request in house.cluster.requests]
         assert ops[-1] == "append_events"
         assert "get_version" in ops[:-1]
+
+
+async def test_a_version_is_asked_for_again_where_a_node_without_fences_lags_behind_what_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_house(tmp_path, nodes=2) as house:
+        service, cluster = house.system.service, house.cluster
+        writer = cluster.nodes[0].node.name
+        assert await house.version(b"s") == (OK, -1)
+        # Another gateway has appended; what it wrote has not come to the node that is asked.
+        service.appended_elsewhere(STORE, b"s", 0, writer)
+        cluster.requests.clear()
+        reading = asyncio.create_task(house.version(b"s"))
+        await wait_until(lambda: len(cluster.asked("get_version")) > 1, "a second look")
+        assert not reading.done()
+        await cluster.ask(("append_events", STORE, b"s", -1, [event(0).to_term()]))
+        assert await reading == (OK, 0)
+        # The store may have lost it: then it is asked for a while only.
+        monkeypatch.setattr(fences, "TOLD_S", 0.05)
+        service.appended_elsewhere(STORE, b"s", 7, writer)
+        assert await house.version(b"s") == (OK, 0)
+
+
+async def test_a_version_of_before_is_better_than_none_when_time_is_up(tmp_path: Path) -> None:
+    async with open_house(tmp_path, call_timeout_ms=200) as house:
+        assert await house.version(b"s") == (OK, -1)
+        house.system.service.appended_elsewhere(STORE, b"s", 0, house.cluster.nodes[0].node.name)
+        assert await house.version(b"s") == (OK, -1)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 Any member of a Raft cluster answers reads, and one that was out of reach, or that did not carry out the last append
 itself, may not have applied it yet. `khepri:fence/2` on a node returns when everything committed before it is applied
 there. A fence is asked for only where a read could miss something (`lags`); whoever comes while one is under way waits
-for the next, since that one may have begun before the append that is to be seen.
+for the next, since that one may have begun before the append that is to be seen. Where nodes offer no fence, a version
+lower than that of an append just told of is asked for again (`least_version`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from gater.erl.terms import Atom, Term
 
 FENCE_S: Final = 1.0
 """How long a node may take to catch up with its store before a read goes elsewhere."""
+
+TOLD_S: Final = 2.0
+"""How long after an append a node without fences that does not know of it is asked again: it follows by then, or the
+store has lost the append."""
 
 _FENCE: Final = (Atom("khepri"), Atom("fence"))
 
@@ -60,6 +65,14 @@ class Fences:
             return wrote_elsewhere
         caught_up = self._caught_up.get((store, node))
         return caught_up is None or (last is not None and wrote_elsewhere and last.at > caught_up)
+
+    def least_version(self, store: Atom, stream: bytes, node: Atom) -> int:
+        """Where nodes offer no fence, the version that one must know of: that of an append just made, through this
+        gateway or another one that has told. -1 if there is none, or the node has been fenced."""
+        if not self._fenceless or (store, node) in self._caught_up:
+            return -1
+        last = self._appends.latest((store, stream))
+        return last.version if last is not None and asyncio.get_running_loop().time() < last.at + TOLD_S else -1
 
     def can_catch_up(self, store: Atom, node: Atom) -> bool:
         """Whether it makes sense to wait for `catch_up`: not without a fence, and not without a majority."""

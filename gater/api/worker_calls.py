@@ -34,6 +34,9 @@ never, and a large read answers late; two more can be asked before time is up.""
 MIN_ATTEMPT_S: Final = 0.5
 """But never less than this."""
 
+PAUSE_S: Final = 0.02
+"""Before a node that lags behind what has been appended is asked for a version again."""
+
 _REPLY_LEVELS: Final = 1
 _DRAINING: Final = schema.error(schema.DRAINING)
 
@@ -53,6 +56,7 @@ class WorkerCall:
         "_request",
         "_service",
         "_slow",
+        "_stale",
         "_term",
         "_timer",
         "_tried",
@@ -67,6 +71,8 @@ class WorkerCall:
         self._tried: set[Atom] = set()
         self._asked: dict[Worker, PendingCall] = {}
         self._slow: asyncio.TimerHandle | None = None
+        self._stale: Term = None
+        """A reply that does not know of the last append: better than none when time is up."""
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
         self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
@@ -205,7 +211,27 @@ class WorkerCall:
                 self._service.detach(self, worker)
                 self._send()
                 return
+        if self._request.op == "get_version" and self._misses(worker, reply):
+            self._stale = reply
+            self._asked.pop(worker)
+            self._service.detach(self, worker)
+            self._loop.call_later(PAUSE_S, self._ask_again)
+            return
         self._answer(reply)
+
+    def _misses(self, worker: Worker, reply: Term) -> bool:
+        store, stream = self._request.store, self._request.stream
+        if store is None or stream is None:
+            return False
+        least = self._service.fences.least_version(store, stream, worker.node)
+        if least < 0 or _is_error(reply):
+            return False
+        version = decoded(reply)[1]
+        return type(version) is int and version < least
+
+    def _ask_again(self) -> None:
+        if self._on_reply is not None:
+            self._send()
 
     def worker_down(self, worker: Worker, error: CallError) -> None:
         """The worker is gone, or was not there at all: try another one, or say so."""
@@ -232,6 +258,9 @@ class WorkerCall:
     def _timed_out(self, timeout_s: float) -> None:
         for worker in self._asked:
             self._service.router.unanswered(worker, self._loop.time())
+        if self._stale is not None:
+            self._answer(self._stale)
+            return
         if self._request.is_write and self._asked:
             reason = schema.unknown_outcome(
                 f"no answer within {timeout_s:g} s; read the stream and look for the event ids"
