@@ -111,3 +111,28 @@ async def test_a_member_that_is_gone_says_nothing_any_more(house: House) -> None
 async def test_where_nobody_tells_an_index_there_is_none(house: House) -> None:
     Members(house, [None] * 3)
     assert await StoreReads(house.system.service, STORE).index() is None
+
+
+async def test_what_is_certain_is_the_most_that_any_member_has_when_all_have_caught_up(house: House) -> None:
+    members = Members(house, [(10, 1), (17, 4), (12, 2)])
+    reads, cluster = StoreReads(house.system.service, STORE), house.cluster
+    counted = await reads.certain_counts([b"s"])
+    assert counted is not None
+    assert (counted.counts, counted.applied) == ({b"s": 4}, 17)
+    assert {member.node.name for member in cluster.nodes} == set(cluster.fenced)
+    members.counted.clear()
+    cluster.fence_answer = (Atom("error"), Atom("timeout"))
+    assert await reads.certain_counts([b"s"]) is None
+    assert members.counted == []
+    cluster.fence_answer = Atom("ok")
+    members.said[2] = None
+    assert await reads.certain_counts([b"s"]) is None
+    members.said[2] = (12, 2)
+    house.system.service.quorum = lambda store: Atom("minority")
+    assert await reads.certain_counts([b"s"]) is None
+    house.system.service.quorum = lambda store: None
+    node = cluster.nodes[1].node
+    await node.stop()
+    await wait_until(lambda: node.name not in house.system.node.nodes(), "the member to be gone")
+    # It was there a moment ago, and may have what the others lack.
+    assert await reads.certain_counts([b"s"]) is None

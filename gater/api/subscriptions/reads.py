@@ -195,7 +195,10 @@ class StoreReads:
         if khepri:
             if len(khepri) < len(nodes):
                 return None
-            answers = await asyncio.gather(*(self._fenced_counts(node, streams) for node in nodes))
+            # Counting is what costs: not while one of them does not answer.
+            if not all(await asyncio.gather(*(self._has_caught_up(node) for node in nodes))):
+                return None
+            answers = await asyncio.gather(*(self._indexed_counts(node, streams) for node in nodes))
         else:
             answers = [*await self._counts_of_all(nodes, streams)]
             await asyncio.sleep(CONFIRM_S)
@@ -219,10 +222,14 @@ class StoreReads:
         self._seen = {node: at for node, at in self._seen.items() if at + SEEN_S > now} | dict.fromkeys(nodes, now)
         return nodes
 
-    async def _fenced_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
+    async def _has_caught_up(self, node: Atom) -> bool:
         try:
-            if not await self._catch_up(node):
-                return None
+            return await self._catch_up(node)
+        except (ErlangException, ErlError):
+            return False
+
+    async def _indexed_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
+        try:
             counted = await self._khepri_counts(node, streams, COUNT_TIMEOUT_S)
             return counted._replace(applied=await self._index_of(node))
         except (ErlangException, ErlError, TypeError, ValueError, LookupError):
