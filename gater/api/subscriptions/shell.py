@@ -71,6 +71,8 @@ class StoreFeed:
         self._running = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
+        self._keeps_time = False
+        """Whether the timer is going to be set for the next deadline."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._monitors: dict[Pid, Monitor] = {}
         self._keys_of: dict[SubscriberId, set[Key]] = {}
@@ -142,9 +144,15 @@ class StoreFeed:
                     self._handlers[type(effect)](effect)
         finally:
             self._running = False
-        self._keep_time()
+        if not self._keeps_time:
+            # Once for all inputs of this turn of the loop, and after what they led to is on its way.
+            self._keeps_time = True
+            self._loop.call_soon(self._keep_time)
 
     def _keep_time(self) -> None:
+        self._keeps_time = False
+        if self._closed:
+            return
         due = self._feed.deadline
         if self._timer is not None:
             # A tick that comes too early does nothing; most deadlines are put off before they are reached.
