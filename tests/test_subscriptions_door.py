@@ -1071,6 +1071,26 @@ async def test_a_gateway_that_was_away_goes_on_from_the_checkpoint(house: House)
     assert me.seen[2:] == [(b"s", 1), (b"s", 2)]
 
 
+async def test_who_subscribes_while_a_subscription_is_being_given_up_goes_on_from_the_checkpoint(house: House) -> None:
+    me, second = subscriber(house.caller), subscriber(house.caller)
+    assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+    await house.append(b"s", "a", "b")
+    await me.has(2)
+    assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
+    door = house.system.subscriptions
+    feed = door.feed(STORE)
+    async with feed.saved[b"p"]._lock:
+        door._look_at_clock(asyncio.get_running_loop().time() - 10)
+        await wait_until(lambda: b"p" not in feed, "the subscription to be waiting for its last checkpoint")
+        subscribing = asyncio.create_task(house.subscribe(second, BY_STREAM, b"$all", b"p"))
+        await wait_until(lambda: subscribing.done() or len(door._tasks) > 1, "the request to be under way")
+    assert (await subscribing)[0] is OK
+    await wait_until(lambda: len(feed.subscribers(b"p")) == 2, "both to share it")
+    await house.append(b"s", "c")
+    await wait_until(lambda: len(me.events) + len(second.events) >= 4, "what is not acknowledged, and what came")
+    assert sorted(me.seen[2:] + second.seen) == [(b"s", 1), (b"s", 2)]
+
+
 async def test_what_was_under_way_is_acknowledged_through_a_gateway_that_drains(tmp_path: Path) -> None:
     async with two_houses(tmp_path) as (cluster, house, other):
         me = subscriber(house.caller)

@@ -849,6 +849,9 @@ class Subscriptions:
     async def _give_away(self, owned: _Owned) -> None:
         feed = self.feed(owned.store)
         saved = feed.saved.get(owned.name)
+        if owned.ready.done():
+            # Who asks for it waits until it is forgotten: joined now it would begin anew.
+            owned.ready = asyncio.get_running_loop().create_future()
         feed.release(owned.name)
         await _flushed(saved)
         self._unregister(owned, to_others=True)
