@@ -34,6 +34,7 @@ from gater.api.subscriptions.client import EventSubscription, Handler
 from gater.api.subscriptions.door import SUBSCRIPTION
 from gater.api.subscriptions.protocol import Hint, Input
 from gater.api.subscriptions.reads import StoreReads
+from gater.api.subscriptions.saved import SavedState
 from gater.erl import NodeOptions
 from gater.erl.gen_server import Caller, cast
 from gater.erl.node import Node
@@ -1089,6 +1090,28 @@ async def test_who_subscribes_while_a_subscription_is_being_given_up_goes_on_fro
     await house.append(b"s", "c")
     await wait_until(lambda: len(me.events) + len(second.events) >= 4, "what is not acknowledged, and what came")
     assert sorted(me.seen[2:] + second.seen) == [(b"s", 1), (b"s", 2)]
+
+
+async def test_a_name_that_is_lost_while_the_checkpoint_is_read_is_not_run_here(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = subscriber(house.caller)
+    await house.append(b"s", "a")
+    door = house.system.subscriptions
+    load, owners = door._load, []
+
+    async def lose_the_first(saved: SavedState, store: Atom) -> dict[bytes, int] | None:
+        assert b"p" not in door.feed(STORE)
+        owners.append(door._owned[STORE, b"p"])
+        if len(owners) == 1:
+            door.lost(owners[0])
+        return await load(saved, store)
+
+    monkeypatch.setattr(door, "_load", lose_the_first)
+    assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+    await me.has(1)
+    assert door._owned[STORE, b"p"] is owners[-1] is not owners[0]
+    assert me.seen == [(b"s", 0)]
 
 
 async def test_what_was_under_way_is_acknowledged_through_a_gateway_that_drains(tmp_path: Path) -> None:

@@ -597,6 +597,9 @@ class Subscriptions:
             else:
                 # It goes on where it was to begin, whatever who comes back says.
                 spec = replace(spec, start=saved.start)
+            if self._owned.get((store, name)) is not owned:
+                # Another gateway has got the name meanwhile.
+                return False
             feed.saved[name] = saved
             self._listen(owned)
             await self._join(store, name, spec, subscriber, positions, options)
