@@ -11,7 +11,7 @@ import time
 import tracemalloc
 import zlib
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -33,6 +33,8 @@ from gater.erl.etf import (
     encode_into,
     encode_term,
     plain_bytes,
+    read_map,
+    read_maps,
     skip_term,
     to_plain,
 )
@@ -153,6 +155,8 @@ def survives_or_refuses(data: bytes) -> None:
         lambda: decode_term(data, 1, atoms, [NODE, True]),
         lambda: decode_spine(data, 1, 3, atoms, [NODE]),
         lambda: decode_spine(data, 1, 3, atoms),
+        lambda: read_map(data, 1, FIELDS, atoms, [NODE]),
+        lambda: read_map(b"t\0\0\0\1" + FIELDS[0].etf + data[1:], 0, FIELDS, atoms, [NODE]),
         lambda: skip_term(data, 1),
         lambda: to_plain(data, 1, [NODE]),
     ):
@@ -581,6 +585,59 @@ def test_a_spine_that_ends_in_no_container_is_decoded(last: Term) -> None:
     assert decode_spine(encode_term((1, last)), 0, 1, AtomTable()) == (1, last)
     with pytest.raises(DecodeError, match="1 bytes follow"):
         decode_spine(encode_term((1, last)) + b"x", 0, 1, AtomTable())
+
+
+FIELDS = [Atom("a"), Atom("é"), Atom("b@c"), Atom("missing")]
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> dict[Term, Term]:
+    return draw(st.dictionaries(st.one_of(names, st.integers()), terms, max_size=8))
+
+
+@given(st.data(), st.booleans())
+@settings(max_examples=70, deadline=None)
+def test_the_wanted_values_of_maps_are_read_and_the_maps_left_as_they_came(data: st.DataObject, cached: bool) -> None:
+    records = data.draw(st.lists(maps(), max_size=4))
+    refs = Refs() if cached else None
+    out = bytearray(b"header")
+    encode_into(out, records, refs)
+    found = read_maps(EncodedTerm(bytes(out), 6, refs.sent if refs else ()), frozenset(FIELDS), AtomTable())
+    assert found is not None
+    for record, (values, kept) in zip(records, found, strict=True):
+        assert exact_equal(values, {key: value for key, value in record.items() if key in FIELDS})
+        assert exact_equal(decode_encoded(kept), record)
+
+
+@given(terms)
+@settings(max_examples=70, deadline=None)
+def test_what_is_no_list_of_maps_is_left_to_others(term: Term) -> None:
+    is_list_of_maps = type(term) is list and all(isinstance(each, Mapping) for each in term)
+    found = read_maps(EncodedTerm(encode_term(term)), frozenset(FIELDS), AtomTable())
+    assert (found is not None) is is_list_of_maps
+
+
+@given(maps(), st.data())
+@settings(max_examples=70, deadline=None)
+def test_a_truncated_map_is_refused_by_who_reads_some_of_it(record: Any, data: st.DataObject) -> None:
+    whole = encode_term(record)
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    with pytest.raises(DecodeError):
+        read_map(cut, 0, frozenset(FIELDS), AtomTable())
+    with pytest.raises(DecodeError):
+        read_maps(EncodedTerm(encode_term([record])[:-2]), frozenset(FIELDS), AtomTable())
+
+
+def test_a_map_is_read_no_deeper_and_no_larger_than_a_term() -> None:
+    key = Atom("a")
+    deep = b"t\0\0\0\1" + key.etf + b"h\1" * (MAX_DEPTH + 1) + b"j"
+    with pytest.raises(LimitExceeded, match="MAX_DEPTH"):
+        read_map(deep, 0, {key}, AtomTable())
+    assert read_map(deep, 0, {NODE}, AtomTable()) == ({}, len(deep))
+    with pytest.raises(DecodeError, match="atom cache reference 1"):
+        read_map(b"t\0\0\0\1R\1j", 0, {key}, AtomTable(), [key])
+    with pytest.raises(DecodeError, match="bytes follow"):
+        read_maps(EncodedTerm(b"jj"), {key}, AtomTable())
 
 
 def test_an_encoded_term_is_made_plain_once() -> None:

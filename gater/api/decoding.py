@@ -5,6 +5,7 @@ Requests and replies pass through the gateway like that; this is for who wants t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from gater.erl import etf
@@ -32,6 +33,26 @@ class Decoder:
         self._atoms = etf.AtomTable()
 
     def __call__(self, term: Term) -> Term:
+        return decoded(term, self._known())
+
+    def with_fields(self, term: Term, keys: Collection[Term]) -> Term:
+        """As calling it, but of a map at the end only the values of these keys (`etf.read_map`)."""
+        if type(term) is tuple and term and type(last := term[-1]) is EncodedTerm:
+            values, end = etf.read_map(last.buffer, last.start, keys, self._known(), last.atoms)
+            if values is not None and end == len(last.buffer):
+                return (*term[:-1], values)
+        return self(term)
+
+    def fields(self, term: EncodedTerm, keys: Collection[Term]) -> dict[Term, Term]:
+        """The values of these keys in a map; empty if it is none (`etf.read_map`)."""
+        values, _ = etf.read_map(term.buffer, term.start, keys, self._known(), term.atoms)
+        return {} if values is None else values
+
+    def maps(self, term: EncodedTerm, keys: Collection[Term]) -> list[tuple[dict[Term, Term], EncodedTerm]] | None:
+        """Of each map in a list the values of these keys, and the map as it came (`etf.read_maps`)."""
+        return etf.read_maps(term, keys, self._known())
+
+    def _known(self) -> etf.AtomTable:
         if len(self._atoms) > MAX_ATOMS_KEPT:
             self._atoms = etf.AtomTable()
-        return decoded(term, self._atoms)
+        return self._atoms

@@ -843,6 +843,9 @@ def new_event_problem(term: Term) -> str | None:
     return f"lacks {', '.join(missing)}: build it with %ExESDB.Schema.NewEvent{{}}" if missing else None
 
 
+EVENT_PLACE: Final = frozenset((EVENT_STREAM_ID, EVENT_NUMBER))
+"""Where a recorded event stands."""
+
 NEW_EVENT_FIELDS: Final = frozenset(
     (EVENT_ID, EVENT_TYPE, DATA, METADATA, DATA_CONTENT_TYPE, METADATA_CONTENT_TYPE)
 )  # those `StreamsHelper.to_event_record/5` reads

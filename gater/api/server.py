@@ -57,7 +57,8 @@ class ApiServer(GenServer):
 
     def _take(self, acknowledgement: Term) -> None:
         try:
-            self._service.cast(self._decoded(acknowledgement), _log_refusal, raw=acknowledgement)
+            request = self._decoded.with_fields(acknowledgement, schema.EVENT_PLACE)
+            self._service.cast(request, _log_refusal, raw=acknowledgement)
         except Exception as error:
             self.process.fail(error)
 

@@ -18,7 +18,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from math import isfinite
 from types import FunctionType
@@ -670,6 +670,7 @@ def _walk(
     allowed = budget
     start, terms = pos, todo
     copied = pos
+    cached = len(cache)
     encoded_cache = [] if plain is None else [atom_bytes(term) for term in cache]
     try:
         while todo:
@@ -677,7 +678,9 @@ def _walk(
             tag = data[pos]
             if tag == 82:  # ATOM_CACHE_REF
                 if plain is None:
-                    pos, copied = _walk_atom(data, pos, cache, plain, copied)
+                    if data[pos + 1] >= cached:
+                        _walk_atom(data, pos, cache, None, pos)
+                    pos += 2
                 else:
                     plain.append(data[copied:pos])
                     plain.append(encoded_cache[data[pos + 1]])
@@ -911,6 +914,96 @@ def decode_spine(
 
 _LAZY: Final = frozenset({104, 105, 107, 108, 112, 116, 117})
 """Tags of containers, strings and funs: what `decode_spine` leaves encoded."""
+
+
+def read_map(
+    data: bytes, pos: int, keys: Collection[Term], atoms: AtomTable, atom_cache: Sequence[Term] | None = None
+) -> tuple[dict[Term, Term] | None, int]:
+    """Of the map at `pos` the values of those `keys`, which are atoms, that it has, and the position after it; None
+    instead of them if there is no map.
+
+    Everything else in it is passed over and checked no further than `skip_term` does: a quarter of the time of decoding
+    it. Raises `DecodeError` and `LimitExceeded`.
+    """
+    cache = _NO_CACHE if atom_cache is None else atom_cache
+    u32 = _U32
+    found: dict[Term, Term] = {}
+    start = pos
+    try:
+        if data[pos] != 116:
+            return None, pos
+        (left,) = u32(data, pos + 1)
+        pos += 5
+        missing = len(keys)
+        while left:
+            if not missing:
+                pos = _walk(data, pos, cache, None, MAX_ELEMENTS, left + left)
+                break
+            left -= 1
+            tag = data[pos]
+            if tag == 82:
+                key = cache[data[pos + 1]]
+                pos += 2
+            elif tag == 100 or tag == 119:
+                end = pos + 3 + data[pos + 2] if tag == 100 else pos + 2 + data[pos + 1]
+                key = atoms[data[pos:end]]
+                pos = end
+            else:
+                pos = _walk(data, pos, cache, None, MAX_ELEMENTS, 2)
+                continue
+            tag = data[pos]
+            if key in keys:
+                if tag in _LAZY:
+                    _walk(data, pos, cache, None, MAX_ELEMENTS)
+                values, pos = _decode(data, pos, atoms, cache, 1)
+                found[key] = values[0]
+                missing -= 1
+            elif tag == 109:
+                pos += 5 + u32(data, pos + 1)[0]
+            elif tag == 97:
+                pos += 2
+            elif tag == 110:
+                pos += 3 + data[pos + 1]
+            elif tag == 106:
+                pos += 1
+            elif tag == 82 and data[pos + 1] < len(cache):
+                pos += 2
+            else:
+                pos = _walk(data, pos, cache, None, MAX_ELEMENTS)
+    except (IndexError, struct.error):
+        skip_term(data, start, cache)  # says what is wrong
+        raise DecodeError("a term is cut off") from None
+    if pos > len(data):
+        raise DecodeError(f"a term is cut off: it ends at byte {pos} of {len(data)}")
+    return found, pos
+
+
+def read_maps(
+    term: EncodedTerm, keys: Collection[Term], atoms: AtomTable
+) -> list[tuple[dict[Term, Term], EncodedTerm]] | None:
+    """Of each map in a list what `read_map` reads, and the map as it came; None if the term is no list of maps.
+
+    Raises `DecodeError` (also when bytes follow the term) and `LimitExceeded`.
+    """
+    data, pos, cache = term.buffer, term.start, term.atoms
+    found: list[tuple[dict[Term, Term], EncodedTerm]] = []
+    try:
+        if data[pos] == 108:
+            (count,) = _U32(data, pos + 1)
+            pos += 5
+            for _ in range(count):
+                values, end = read_map(data, pos, keys, atoms, cache)
+                if values is None:
+                    return None
+                found.append((values, EncodedTerm(data[pos:end], 0, cache)))
+                pos = end
+        if data[pos] != 106:
+            return None
+    except (IndexError, struct.error):
+        raise DecodeError(f"a term is cut off: it goes on after byte {len(data)}") from None
+    if pos + 1 != len(data):
+        raise DecodeError(f"{len(data) - pos - 1} bytes follow the term")
+    return found
 
 
 def decode_encoded(term: EncodedTerm, atoms: AtomTable | None = None) -> Term:

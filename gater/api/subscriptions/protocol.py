@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from gater.api import schema
+from gater.api.decoding import Decoder
 from gater.erl.errors import DecodeError
 from gater.erl.etf import decode_encoded, encode_term
 from gater.erl.terms import Atom, EncodedTerm, Term
@@ -47,11 +48,11 @@ MAX_WINDOW: Final = 10_000
 class Event:
     """One recorded event: what order and look-up need of it, and the record as the store has it.
 
-    Most events are passed on without anybody here looking into them: one that came as bytes (`encoded_event`) is
-    decoded when somebody does, one that came as a term (`event_of`) is encoded when it is sent.
+    Most events are passed on without anybody here looking into them: one that came as bytes (`encoded_event`,
+    `read_event`) is decoded when somebody does, one that came as a term (`event_of`) is encoded when it is sent.
     """
 
-    __slots__ = ("_encoded", "_record", "_size", "number", "stream", "type")
+    __slots__ = ("_encoded", "_epoch", "_record", "_size", "number", "stream", "type")
 
     def __init__(
         self,
@@ -60,13 +61,15 @@ class Event:
         type: Term,
         record: Mapping[Term, Term] | None,
         encoded: EncodedTerm | None = None,
+        epoch: int | None = None,
     ) -> None:
-        """One of `record` and `encoded` is there."""
+        """One of `record` and `encoded` is there; `epoch` may be given with the latter."""
         self.stream = stream
         self.number = number
         self.type = type
         self._record = record
         self._encoded = encoded
+        self._epoch = epoch
         self._size = 0
 
     @property
@@ -83,8 +86,13 @@ class Event:
     @property
     def epoch(self) -> int:
         """`created_epoch`, microseconds since 1970; 0 if the record has none."""
-        epoch = self.record.get(schema.CREATED_EPOCH)
-        return epoch if type(epoch) is int else 0
+        if self._epoch is None:
+            known = self._record
+            if known is None and self._encoded is not None:
+                known = _decoded.fields(self._encoded, _EPOCH)
+            epoch = None if known is None else known.get(schema.CREATED_EPOCH)
+            self._epoch = epoch if type(epoch) is int else 0
+        return self._epoch
 
     @property
     def size(self) -> int:
@@ -140,6 +148,17 @@ def event_of(record: Term) -> Event:
 def encoded_event(stream: bytes, number: int, type: Term, record: bytes) -> Event:
     """The event whose record is here as `term_to_binary` has made it."""
     return Event(stream, number, type.encode() if isinstance(type, str) else type, None, EncodedTerm(record[1:]))
+
+
+def read_event(fields: Mapping[Term, Term], record: EncodedTerm) -> Event:
+    """The event of a record of which the `EVENT_FIELDS` have been read; `SchemaError` if it is none."""
+    event, epoch = event_of(fields), fields.get(schema.CREATED_EPOCH)
+    return Event(event.stream, event.number, event.type, None, record, epoch if type(epoch) is int else 0)
+
+
+_decoded: Final = Decoder()
+_EPOCH: Final = frozenset((schema.CREATED_EPOCH,))
+EVENT_FIELDS: Final = frozenset((*schema.EVENT_PLACE, schema.EVENT_TYPE, schema.CREATED_EPOCH))
 
 
 class Start(Enum):

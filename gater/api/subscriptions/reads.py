@@ -17,7 +17,7 @@ from gater.api.decoding import Decoder
 from gater.api.guarded import CHILD_LIST_LENGTH, STREAMS
 from gater.api.service import Service
 from gater.api.subscriptions.counts import read_counts
-from gater.api.subscriptions.protocol import Event, event_of
+from gater.api.subscriptions.protocol import EVENT_FIELDS, Event, event_of, read_event
 from gater.erl.errors import ErlangException, ErlError
 from gater.erl.gen_server import call
 from gater.erl.rpc import erpc_call
@@ -131,7 +131,19 @@ class StoreReads:
 
     def page(self, stream: bytes, start: int, count: int, on_page: Callable[[Sequence[Event] | None], None]) -> None:
         """`count` events from `start` on; None if they could not be read."""
-        self.ask(schema.get_events_request(self.store, stream, start, count), lambda reply: on_page(_events(reply)))
+        request = schema.get_events_request(self.store, stream, start, count)
+        self._service.call(request, lambda reply: on_page(self._events(reply)))
+
+    def _events(self, reply: Term) -> list[Event] | None:
+        """The events of a page. They stay as they came: most are passed on to subscribers so."""
+        match reply:
+            case (kind, EncodedTerm() as records) if kind is schema.OK:
+                found = self._decoded.maps(records, EVENT_FIELDS)
+                try:
+                    return None if found is None else [read_event(*each) for each in found]
+                except schema.SchemaError:
+                    return None
+        return _events(self._decoded(reply))
 
     async def snapshot_places(self, source: str) -> list[tuple[bytes, int]] | None:
         """Stream and version of the snapshots of a source, in order; None if there is no answer. Only where a store
