@@ -3,7 +3,7 @@
     python -m erlang_interop_tests.chaos_subscriptions [--seconds 150] [--events 50000] [--seed N] [--report FILE]
 
 Twenty subscriptions, eighteen of Elixir processes on a node of their own (chaos_subscriptions.exs) and two of this
-program, follow fifty streams. Half of the streams are appended to through two gateways, the other half on the store
+program, follow fifty streams. Half of the streams are appended to through three gateways, the other half on the store
 nodes themselves; emitters are absent at first and present in the second half. Meanwhile gateways and store nodes are
 killed, frozen and cut off, one at a time (`chaos.Trouble`). Afterwards the store says what there is:
 
@@ -412,7 +412,7 @@ async def _all_arrived(
 
 async def _main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="gater-chaos-") as directory:
-        async with beams() as beam, house(beam) as started:
+        async with beams() as beam, house(beam, gaters=3) as started:
             report = await run_chaos(
                 started, options.seconds, options.events, seed=options.seed, directory=Path(directory)
             )

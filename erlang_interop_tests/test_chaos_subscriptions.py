@@ -17,7 +17,7 @@ EVENTS: Final = 1_000
 
 async def test_every_subscription_gets_everything_in_order_whoever_dies(beam: Beams, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
-    async with house(beam) as home:
+    async with house(beam, gaters=3) as home:
         report = await run_chaos(home, CHAOS_S, EVENTS, seed=seed, directory=tmp_path, longest_fault_s=1.5)
     assert not report.violations, report.text()
     assert report.events >= EVENTS
