@@ -846,6 +846,10 @@ def new_event_problem(term: Term) -> str | None:
 EVENT_PLACE: Final = frozenset((EVENT_STREAM_ID, EVENT_NUMBER))
 """Where a recorded event stands."""
 
+EPOCH_ONLY: Final = frozenset((CREATED_EPOCH,))
+EVENT_FIELDS: Final = EVENT_PLACE | EPOCH_ONLY | {EVENT_TYPE}
+"""What order and look-up need of a recorded event."""
+
 NEW_EVENT_FIELDS: Final = frozenset(
     (EVENT_ID, EVENT_TYPE, DATA, METADATA, DATA_CONTENT_TYPE, METADATA_CONTENT_TYPE)
 )  # those `StreamsHelper.to_event_record/5` reads

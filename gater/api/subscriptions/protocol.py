@@ -89,7 +89,7 @@ class Event:
         if self._epoch is None:
             known = self._record
             if known is None and self._encoded is not None:
-                known = _decoded.fields(self._encoded, _EPOCH)
+                known = _decoded.fields(self._encoded, schema.EPOCH_ONLY)
             epoch = None if known is None else known.get(schema.CREATED_EPOCH)
             self._epoch = epoch if type(epoch) is int else 0
         return self._epoch
@@ -151,14 +151,12 @@ def encoded_event(stream: bytes, number: int, type: Term, record: bytes) -> Even
 
 
 def read_event(fields: Mapping[Term, Term], record: EncodedTerm) -> Event:
-    """The event of a record of which the `EVENT_FIELDS` have been read; `SchemaError` if it is none."""
+    """The event of a record of which `schema.EVENT_FIELDS` have been read; `SchemaError` if it is none."""
     event, epoch = event_of(fields), fields.get(schema.CREATED_EPOCH)
     return Event(event.stream, event.number, event.type, None, record, epoch if type(epoch) is int else 0)
 
 
 _decoded: Final = Decoder()
-_EPOCH: Final = frozenset((schema.CREATED_EPOCH,))
-EVENT_FIELDS: Final = frozenset((*schema.EVENT_PLACE, schema.EVENT_TYPE, schema.CREATED_EPOCH))
 
 
 class Start(Enum):

@@ -17,7 +17,7 @@ from gater.api.decoding import Decoder
 from gater.api.guarded import CHILD_LIST_LENGTH, STREAMS
 from gater.api.service import Service
 from gater.api.subscriptions.counts import read_counts
-from gater.api.subscriptions.protocol import EVENT_FIELDS, Event, event_of, read_event
+from gater.api.subscriptions.protocol import Event, event_of, read_event
 from gater.erl.errors import ErlangException, ErlError
 from gater.erl.gen_server import call
 from gater.erl.rpc import erpc_call
@@ -138,7 +138,7 @@ class StoreReads:
         """The events of a page. They stay as they came: most are passed on to subscribers so."""
         match reply:
             case (kind, EncodedTerm() as records) if kind is schema.OK:
-                found = self._decoded.maps(records, EVENT_FIELDS)
+                found = self._decoded.maps(records, schema.EVENT_FIELDS)
                 try:
                     return None if found is None else [read_event(*each) for each in found]
                 except schema.SchemaError:
