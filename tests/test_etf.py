@@ -592,7 +592,7 @@ FIELDS = [Atom("a"), Atom("é"), Atom("b@c"), Atom("missing")]
 
 @st.composite
 def maps(draw: st.DrawFn) -> dict[Term, Term]:
-    return draw(st.dictionaries(st.one_of(names, st.integers()), terms, max_size=8))
+    return draw(st.dictionaries(st.one_of(names, st.integers()), st.one_of(leaves, containers(leaves)), max_size=8))
 
 
 @given(st.data(), st.booleans())
