@@ -445,13 +445,19 @@ async def test_parked_events_are_listed_and_replayed(house: House) -> None:
     await wait_until(none_left, "no parked events")
 
 
-async def test_parked_events_are_dropped_one_or_all(house: House) -> None:
+async def three_parked(house: House) -> Subscriber:
+    """A subscriber of `p` that has put the three events of stream `s` aside."""
     await house.append(b"s", "a", "b", "c")
     me = subscriber(house.caller)
     assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
     await me.has(3)
     for event in me.events:
         assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+    return me
+
+
+async def test_parked_events_are_dropped_one_or_all(house: House) -> None:
+    me = await three_parked(house)
 
     async def parked() -> list[int]:
         _, found = await house.ask("list_parked", STORE, b"p")
@@ -598,12 +604,7 @@ async def test_more_parked_events_than_may_be_replayed_at_once_are_replayed_in_p
 ) -> None:
     monkeypatch.setattr("gater.api.subscriptions.door.MAX_REPLAYS", 2)
     monkeypatch.setattr("gater.api.subscriptions.delivery.MAX_REPLAYS", 2)
-    await house.append(b"s", "a", "b", "c")
-    me = subscriber(house.caller)
-    assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
-    await me.has(3)
-    for event in me.events:
-        assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+    me = await three_parked(house)
 
     async def parked(count: int) -> bool:
         return len((await house.ask("list_parked", STORE, b"p"))[1]) == count
@@ -634,12 +635,7 @@ async def test_parked_events_are_read_a_few_at_a_time(
             await connected(system, cluster)
             house = House(system, caller, function_door(caller, system))
         client = await stack.enter_async_context(python_client(house.system))
-        await house.append(b"s", "a", "b", "c")
-        me = subscriber(house.caller)
-        assert (await house.subscribe(me, BY_STREAM, b"$s", b"p"))[0] is OK
-        await me.has(3)
-        for event in me.events:
-            assert await house.ask("nack_event", STORE, b"p", me.pid, event, Atom("park")) is OK
+        me = await three_parked(house)
 
         async def listed() -> list[int]:
             return [each.event.event_number for each in await client.list_parked(STORE.name, "p")]
