@@ -203,7 +203,7 @@ class WorkerCall:
         router.answered(worker)
         if worker.store is ANY_STORE and _is_error(reply) and decoded(reply) == _DRAINING:
             # That gateway is shutting down, and has done nothing.
-            worker.leaving = True
+            router.leaving(worker.address)
             others = any(each.store is ANY_STORE and not each.leaving for each in router)
             self._attempts += 1
             if others and self._attempts < MAX_ATTEMPTS:
