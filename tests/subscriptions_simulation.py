@@ -258,6 +258,7 @@ class Simulation:
     def gateway_up(self) -> None:
         self.life += 1
         self.feed = Feed(self.now, shared_room=self.shared_room, shared_bytes=self.shared_bytes)
+        self.acks: list[p.Input] = []
         self.tick_at = float("inf")
         for sub in self.subs.values():
             sub.last.clear()
@@ -328,11 +329,13 @@ class Simulation:
 
     # The engine
 
-    def feed_in(self, input: p.Input) -> None:
+    def feed_in(self, *inputs: p.Input) -> None:
         if self.feed is None:
             return
         self.sent: list[tuple[Sub, Event]] = []
-        for effect in self.feed.receive(input, self.now):
+        gathered = [*self.acks, *inputs]
+        self.acks.clear()
+        for effect in self.feed.receive(gathered, self.now):
             self.carry_out(effect)
         for sub, event in self.sent:
             # Several subscribers: what goes out at the same time has no order.
@@ -509,7 +512,12 @@ class Simulation:
             if entry is not None and entry.state.name in counts and self.is_stored(entry.event):
                 sub.done.add(at)
         if action is None:
-            self.feed_in(p.Ack(sub.key, event.stream, event.number))
+            # Some are put off, and taken together with what comes next.
+            self.acks.append(p.Ack(sub.key, event.stream, event.number))
+            if self.random.random() < 0.5:
+                self.later(0.0, "acks")
+            else:
+                self.feed_in()
         else:
             self.feed_in(p.Nack(sub.key, event.stream, event.number, action))
 
@@ -584,6 +592,8 @@ class Simulation:
             case "up":
                 if self.feed is None:
                     self.gateway_up()
+            case "acks":
+                self.feed_in()
             case "death":
                 self.subscriber_dies(self.subs[self.random.choice(sorted(self.subs))])
             case "calm":

@@ -85,19 +85,28 @@ def test_what_nobody_waits_for_is_done_when_it_is_quiet(monkeypatch: pytest.Monk
     loop, done = Loop(), []
     wait = BusyWait(loop, 0.2)
     wait.input_came()
-    wait.later(lambda: done.append(1))
-    wait.later(lambda: done.append(2))
+    for number in range(busy_wait.AT_ONCE + 1):
+        wait.later(done.append, number)
     loop.turn()
     assert done == []
     clock[0] += busy_wait.QUIET_S * 1.1
     loop.turn()
-    assert done == [1], "one at a time: there may be input again"
+    assert done == [[*range(busy_wait.AT_ONCE)]], "so many at a time: there may be input again"
     wait.input_came()
     loop.turn()
-    assert done == [1]
+    assert len(done) == 1
     clock[0] += busy_wait.QUIET_S * 1.1
     loop.turn()
-    assert done == [1, 2]
+    assert done[1:] == [[busy_wait.AT_ONCE]]
+
+
+def test_what_is_for_the_same_taker_is_done_together_and_in_its_order() -> None:
+    loop, done = Loop(), []
+    wait = BusyWait(loop, 0.0)
+    for taker, number in ("a", 1), ("a", 2), ("b", 3), ("a", 4):
+        wait.later({"a": done.append, "b": done.extend}[taker], number)
+    wait.do_later()
+    assert done == [[1, 2], 3, [4]]
 
 
 def test_what_nobody_waits_for_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +114,16 @@ def test_what_nobody_waits_for_does_not_wait_for_ever(monkeypatch: pytest.Monkey
     monkeypatch.setattr(busy_wait, "monotonic", lambda: clock[0])
     loop, done = Loop(), []
     wait = BusyWait(loop, 0.2)
-    wait.later(lambda: done.append("late"))
+    wait.later(done.extend, "late")
     while not done:
         assert clock[0] < 10.0 + 2 * busy_wait.LATER_S
         clock[0] += busy_wait.QUIET_S / 2
         wait.input_came()
         loop.turn()
     for number in range(busy_wait.MAX_LATER + 1):
-        wait.later(lambda number=number: done.append(number))  # type: ignore[misc]
+        wait.later(done.extend, number)
     assert done == ["late", *range(busy_wait.MAX_LATER + 1)]
-    wait.later(lambda: done.append("before"))
+    wait.later(done.extend, "before")
     wait.do_later()
     assert done[-1] == "before"
 
@@ -122,8 +131,8 @@ def test_what_nobody_waits_for_does_not_wait_for_ever(monkeypatch: pytest.Monkey
 def test_without_busy_waiting_it_is_done_in_the_next_turn() -> None:
     loop, done = Loop(), []
     wait = BusyWait(loop, 0.0)
-    wait.later(lambda: done.append(1))
-    wait.later(lambda: done.append(2))
+    wait.later(done.extend, 1)
+    wait.later(done.extend, 2)
     assert done == []
     loop.turn()
     assert done == [1, 2]

@@ -76,7 +76,7 @@ class Driver:
         start = len(self.effects)
         todo: list[p.Input] = list(inputs)
         while todo:
-            for effect in self.feed.receive(todo.pop(0), self.now):
+            for effect in self.feed.receive([todo.pop(0)], self.now):
                 self.effects.append(effect)
                 match effect:
                     case p.ReadPage(token, stream, first, count) if self.answers:

@@ -5,7 +5,8 @@ Requests and replies pass through the gateway like that; this is for who wants t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from gater.erl import etf
@@ -13,6 +14,14 @@ from gater.erl.terms import EncodedTerm, Term
 
 MAX_ATOMS_KEPT: Final = 10_000
 """Atoms, pids and references that a `Decoder` remembers: what callers call their things, not what they count with."""
+
+
+MAX_MAPS_KEPT: Final = 256
+"""Maps that a `Decoder` remembers, so that those that come again need not be read again: as many events are on their
+way to many subscribers at a time."""
+
+MAX_MAP_BYTES: Final = 4096
+"""And how large they may be."""
 
 
 def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:
@@ -27,20 +36,32 @@ def decoded(term: Term, atoms: etf.AtomTable | None = None) -> Term:
 class Decoder:
     """`decoded` for many terms that are much alike: atoms are looked up once, and forgotten when there are many."""
 
-    __slots__ = ("_atoms",)
+    __slots__ = ("_atoms", "_maps")
 
     def __init__(self) -> None:
         self._atoms = etf.AtomTable()
+        self._maps: OrderedDict[bytes, tuple[Sequence[Term], Collection[Term], dict[Term, Term]]] = OrderedDict()
+        """What `with_fields` has read lately: of which atoms and which keys, and what it was."""
 
     def __call__(self, term: Term) -> Term:
         return decoded(term, self._known())
 
     def with_fields(self, term: Term, keys: Collection[Term]) -> Term:
-        """As calling it, but of a map at the end only the values of these keys (`etf.read_map`)."""
+        """As calling it, but of a map at the end only the values of these keys (`etf.read_map`). The same map comes
+        often: an event that went to many subscribers is acknowledged by each."""
         if type(term) is tuple and term and type(last := term[-1]) is EncodedTerm:
-            values, end = etf.read_map(last.buffer, last.start, keys, self._known(), last.atoms)
-            if values is not None and end == len(last.buffer):
-                return (*term[:-1], values)
+            is_small = len(last.buffer) - last.start <= MAX_MAP_BYTES
+            if is_small and (known := self._maps.get(last.data)) is not None:
+                atoms, wanted, values = known
+                if atoms is last.atoms and wanted is keys:
+                    return (*term[:-1], values)
+            found, end = etf.read_map(last.buffer, last.start, keys, self._known(), last.atoms)
+            if found is not None and end == len(last.buffer):
+                if is_small:
+                    self._maps[last.data] = (last.atoms, keys, found)
+                    if len(self._maps) > MAX_MAPS_KEPT:
+                        self._maps.popitem(last=False)
+                return (*term[:-1], found)
         return self(term)
 
     def fields(self, term: EncodedTerm, keys: Collection[Term]) -> dict[Term, Term]:

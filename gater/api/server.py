@@ -51,16 +51,24 @@ class ApiServer(GenServer):
     def handle_cast(self, message: Term) -> None:
         if type(message) is tuple and message and message[0] is _ACK_EVENT:
             # The subscriber goes on without it, and whoever asks for something at the same moment waits.
-            self.process.node.busy_wait.later(lambda: self._take(message))
+            self.process.node.busy_wait.later(self._take, message)
         else:
             self._service.cast(self._decoded(message), _log_refusal, raw=message)
 
-    def _take(self, acknowledgement: Term) -> None:
+    def _take(self, acknowledgements: list[Term]) -> None:
+        failure: Exception | None = None
+        requests = []
+        for raw in acknowledgements:
+            try:
+                requests.append((self._decoded.with_fields(raw, schema.EVENT_PLACE), raw))
+            except Exception as error:
+                failure = error
         try:
-            request = self._decoded.with_fields(acknowledgement, schema.EVENT_PLACE)
-            self._service.cast(request, _log_refusal, raw=acknowledgement)
+            self._service.acknowledge(requests, _log_refusal)
         except Exception as error:
-            self.process.fail(error)
+            failure = error
+        if failure is not None:
+            self.process.fail(failure)
 
     def get_state(self) -> Term:
         return {

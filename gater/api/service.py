@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
 import structlog
@@ -83,6 +83,8 @@ class SubscriptionDoor(Protocol):
     def call(self, request: Request, on_reply: OnReply, /) -> None: ...
 
     def cast(self, request: Request, on_taken: OnTaken, /) -> bool: ...
+
+    def acknowledge(self, requests: Sequence[Request | Rejected], /) -> list[int]: ...
 
     def follows(self, store: Atom, /) -> bool: ...
 
@@ -321,6 +323,18 @@ class Service:
                 lambda: self._send_cast(checked, to_send, on_taken, last=True)
             ):
                 on_taken(Rejected(schema.OVERLOADED))
+
+    def acknowledge(self, acknowledgements: Sequence[tuple[Term, Term]], on_taken: OnTaken) -> None:
+        """Carry out `ack_event` casts, each given with what it came as, as `cast` does; `on_taken` is called for those
+        that are not about subscriptions of this gateway. What is about them is given to them together."""
+        left: Iterable[int] = range(len(acknowledgements))
+        if self.subscriptions is not None:
+            left = self.subscriptions.acknowledge(
+                [check_request(request, cast=True) for request, _ in acknowledgements]
+            )
+        for index in left:
+            request, raw = acknowledgements[index]
+            self.cast(request, on_taken, raw=raw)
 
     def _send_cast(self, request: Request, term: Term, on_taken: OnTaken, *, last: bool = False) -> bool:
         """Whether that settles it; with `last` it does."""

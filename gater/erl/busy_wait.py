@@ -17,7 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 FOR_AN_ANSWER: Final = 3
 """Times as long it is waited while an answer is due: a store that writes takes longer than one that looks something
@@ -32,6 +32,9 @@ LATER_S: Final = 0.001
 MAX_LATER: Final = 256
 """How much of it may wait."""
 
+AT_ONCE: Final = 32
+"""How much of it is done at a time: that takes less than a millisecond, and done together it costs less."""
+
 
 class BusyWait:
     """Keeps a loop from sleeping for `wait_s` seconds after each `input_came`, `FOR_AN_ANSWER` times as long while
@@ -45,7 +48,7 @@ class BusyWait:
         self._loop = loop
         self._came = 0.0
         self._is_looking = False
-        self._later: deque[Callable[[], object]] = deque()
+        self._later: deque[tuple[Callable[[list[Any]], object], object]] = deque()
         self._later_since = 0.0
 
     def input_came(self) -> None:
@@ -56,20 +59,31 @@ class BusyWait:
             if self._later and self._came - self._later_since > LATER_S:
                 self.do_later()
 
-    def later(self, call: Callable[[], object]) -> None:
-        """Call something when there is time. It must not raise."""
+    def later(self, take: Callable[[list[Any]], object], item: object) -> None:
+        """Call `take` with a list in which `item` is, when there is time: at most `AT_ONCE` that came one after the
+        other for the same `take`. It must not raise."""
         later = self._later
         if not later:
             self._later_since = monotonic()
             self._begin_to_look()
-        later.append(call)
+        later.append((take, item))
         if len(later) > MAX_LATER:
             self.do_later()
 
     def do_later(self) -> None:
-        """Call all of that now: something follows that it has to come before."""
-        for _ in range(len(self._later)):
-            self._later.popleft()()
+        """Do all of that now: something follows that it has to come before."""
+        left = len(self._later)
+        while left > 0:
+            left -= self._do_some()
+
+    def _do_some(self) -> int:
+        later = self._later
+        take, item = later.popleft()
+        items = [item]
+        while later and later[0][0] == take and len(items) < AT_ONCE:
+            items.append(later.popleft()[1])
+        take(items)
+        return len(items)
 
     def _begin_to_look(self) -> None:
         if not self._is_looking:
@@ -83,7 +97,7 @@ class BusyWait:
             if not wait_s:
                 self.do_later()
             elif waited >= QUIET_S:
-                self._later.popleft()()
+                self._do_some()
         elif waited < wait_s or (waited < wait_s * FOR_AN_ANSWER and self.answer_is_due()):
             self._go_on_looking()
         else:

@@ -61,6 +61,9 @@ WRITE_AHEAD_BYTES: Final = 256 * 1024
 JOIN_BYTES: Final = 64 * 1024
 """Frames are copied into one buffer up to this size; larger batches are handed to the transport as they are."""
 
+MAX_READY_BYTES: Final = FRAGMENT_BYTES // 2
+"""The largest payload that is sent as it is, whatever it is sent to, and is not looked at for fragments."""
+
 EXIT_PAYLOAD: Final = int(DistributionFlag.EXIT_PAYLOAD)
 SEND_SENDER: Final = int(DistributionFlag.SEND_SENDER)
 FRAGMENTS: Final = int(DistributionFlag.FRAGMENTS)
@@ -82,6 +85,7 @@ _FRAME_START: Final = bytes((PASS_THROUGH, VERSION))
 _PAYLOAD_START: Final = bytes((VERSION,))
 _HEADER_WITHOUT_ATOMS: Final = bytes((VERSION, 68, 0))
 """Control messages without payload go without the atom cache: looking up two atoms costs more than sending them."""
+_SEND_SENDER_START: Final = _HEADER_WITHOUT_ATOMS + bytes((104, 3, 97, control.OP_SEND_SENDER))
 _TICK: Final = b"\0\0\0\0"
 
 log = structlog.get_logger(__name__)
@@ -308,8 +312,19 @@ class Connection:
     # Out
 
     def send(self, sender: Pid, to: Pid, message: Term) -> None:
-        """Send a message to a process there."""
-        if self._op_send == control.OP_SEND_SENDER:
+        """Send a message to a process there. One that is encoded already and refers to no atoms of elsewhere is put
+        together from pieces that are at hand: that is what goes to many processes."""
+        if (
+            type(message) is EncodedTerm
+            and self._writer is not None
+            and not message.atoms
+            and not self._large
+            and self._op_send == control.OP_SEND_SENDER
+            and len(payload := message.data) <= MAX_READY_BYTES
+        ):
+            ends = (_SEND_SENDER_START, etf.identity_bytes(sender), etf.identity_bytes(to), payload)
+            self._enqueue(ends, sum(map(len, ends)))
+        elif self._op_send == control.OP_SEND_SENDER:
             self.send_message((control.OP_SEND_SENDER, sender, to), message)
         else:
             self.send_message((control.OP_SEND, control.UNUSED, to), message)
@@ -468,6 +483,11 @@ class Connection:
             for process in [process for process in self._held if not self._has_large(process)]:
                 self._held.remove(process)
                 process.release()
+
+    @property
+    def backlog(self) -> int:
+        """The bytes that wait for this peer."""
+        return self._in_front() + self._large_bytes
 
     def _in_front(self) -> int:
         """The bytes that a message sent now cannot pass."""

@@ -1127,7 +1127,7 @@ def _encode(out: list[bytes], root: Term, atom_refs: AtomRefs | None = None, ful
                     out.append(_big(item))
             elif kind is Pid or kind is Reference:
                 if atom_refs is None:
-                    out.append(item.etf or _identity_bytes(item, kind))
+                    out.append(item.etf or identity_bytes(item))
                 else:
                     out.append(_opaque(item, kind, atom_refs))
             elif kind is dict:
@@ -1239,9 +1239,11 @@ def _big(number: int) -> bytes:
     return b"o%b%c%b" % (_pack_u32(count), number < 0, digits)
 
 
-def _identity_bytes(item: Term, kind: type) -> bytes:
-    """The bytes of a pid or reference that have not been made before; they are kept, for it is often sent twice."""
-    encoded = item.etf = _opaque(item, kind, None)
+def identity_bytes(item: Pid | Reference) -> bytes:
+    """The bytes of a pid or reference. They are kept, for it is often sent twice. Raises EncodeError."""
+    encoded = item.etf
+    if encoded is None:
+        encoded = item.etf = _opaque(item, type(item), None)
     return encoded
 
 

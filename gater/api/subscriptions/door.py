@@ -425,6 +425,32 @@ class Subscriptions:
             return True
         return False
 
+    def acknowledge(self, requests: Sequence[Request | Rejected]) -> list[int]:
+        """Carry out `ack_event` requests, those about a feed together; the places of those that are about none."""
+        left: list[int] = []
+        acks: dict[StoreFeed, list[p.Input]] = {}
+        for index, request in enumerate(requests):
+            if isinstance(request, Request) and request.op == "ack_event":
+                _, store, name, subscriber, event = request.term
+                feed, keys = self._run_here(store, name, subscriber)
+                if feed is not None and keys:
+                    stream, number = event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER]
+                    acks.setdefault(feed, []).extend(p.Ack(key, stream, number) for key in keys)
+                    continue
+            left.append(index)
+        for feed, inputs in acks.items():
+            feed.give(*inputs)
+        return left
+
+    def _run_here(self, store: Atom, name: bytes, subscriber: Pid) -> tuple[StoreFeed | None, list[Key]]:
+        """The subscriptions that are meant, as far as they are run here."""
+        feed = self._feeds.get(store)
+        if feed is None:
+            return None, []
+        if name == schema.TRANSIENT:
+            return feed, [key for key in feed.keys_of(subscriber) if type(key) is tuple]
+        return feed, [name] if name in feed else []
+
     def _each_of(
         self,
         request: Request,
@@ -435,11 +461,7 @@ class Subscriptions:
         """Give the subscriptions an ack or nack is about what `make` makes of it; False if there are none."""
         _, store, name, subscriber, event = request.term[:5]
         about = (event[schema.EVENT_STREAM_ID], event[schema.EVENT_NUMBER])
-        feed = self._feeds.get(store)
-        if name == schema.TRANSIENT:
-            keys = [] if feed is None else [key for key in feed.keys_of(subscriber) if type(key) is tuple]
-        else:
-            keys = [name] if feed is not None and name in feed else []
+        feed, keys = self._run_here(store, name, subscriber)
         if feed is not None and keys:
             for key in keys:
                 feed.give(make(key, about))

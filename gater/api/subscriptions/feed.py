@@ -18,12 +18,12 @@ that is a *doubt*, until a `certain` count ends it. If it is true, the streams (
 anew, from 0, and what was saved about them counts no longer (`BeginAnew`). A stream that has got as many events again
 before anybody has looked cannot be told from the old one, unless the index tells.
 
-Pure: `receive(input, now)` returns the effects; `deadline` says when a `Tick` is due.
+Pure: `receive(inputs, now)` returns the effects; `deadline` says when a `Tick` is due.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
@@ -168,10 +168,11 @@ class Feed:
 
     # The machine
 
-    def receive(self, input: Input, now: float) -> list[Effect]:
-        """Take one input at time `now` (which never goes back); what is to be done about it."""
+    def receive(self, inputs: Iterable[Input], now: float) -> list[Effect]:
+        """Take inputs that have come by time `now` (which never goes back); what is to be done about them."""
         self._now = now
-        self._handlers[type(input)](input)
+        for input in inputs:
+            self._handlers[type(input)](input)
         self._settle()
         effects = self._effects[:]
         self._effects.clear()

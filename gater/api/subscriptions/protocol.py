@@ -1,7 +1,7 @@
 """What goes into a subscription feed and what comes out of it: events, options, inputs and effects.
 
-`Feed.receive(input, now)` returns effects; the shell around it carries them out and feeds their results back. Times are
-seconds of a monotonic clock, stream names and types are binaries, versions count from 0 (`-1`: an empty stream).
+`Feed.receive(inputs, now)` returns effects; the shell around it carries them out and feeds their results back. Times
+are seconds of a monotonic clock, stream names and types are binaries, versions count from 0 (`-1`: an empty stream).
 A `Key` names a subscription within its store: the name of a persistent one; what the shell likes for a transient one,
 which belongs to its subscriber alone.
 """

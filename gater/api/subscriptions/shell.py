@@ -7,7 +7,6 @@ of them, is decided in `door.py`.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
@@ -16,14 +15,20 @@ import structlog
 from gater.api.service import Service
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.feed import Feed
-from gater.api.subscriptions.protocol import Input, Key, SubscriberId
+from gater.api.subscriptions.protocol import Event, Input, Key, SubscriberId
 from gater.api.subscriptions.reads import StoreReads
 from gater.api.subscriptions.saved import SavedState, Snapshots
+from gater.erl.connection import MAX_READY_BYTES
 from gater.erl.errors import ErlError
+from gater.erl.etf import encode_term
 from gater.erl.node import Monitor
 from gater.erl.process import NOCONNECTION, described
-from gater.erl.terms import Atom, Pid, Term
+from gater.erl.terms import Atom, EncodedTerm, Pid, Term
 from gater.pubsub.messages import events_message
+
+AHEAD_BYTES: Final = 8 * 1024 * 1024
+"""What may wait for a peer before its subscribers get nothing new. It is more than makes a peer busy: one event to a
+thousand of them is a megabyte at once, and whoever gets nothing new falls behind and has to be read for."""
 
 MISSED_S: Final = 300.0
 """How long a subscriber whose node is out of reach is looked for; after that it has to subscribe again."""
@@ -67,7 +72,7 @@ class StoreFeed:
         self._node = service.node
         self._loop = asyncio.get_running_loop()
         self._feed = Feed(self._loop.time())
-        self._inputs: deque[Input] = deque()
+        self._inputs: list[Input] = []
         self._running = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
@@ -78,6 +83,9 @@ class StoreFeed:
         self._keys_of: dict[SubscriberId, set[Key]] = {}
         self._subscribers_of: dict[Key, dict[SubscriberId, None]] = {}
         self._busy: dict[Atom, set[Pid]] = {}
+        self._last_event: Event | None = None
+        self._last_message: Term = None
+        """What `_last_event` is sent as."""
         self._joining: tuple[Key, SubscriberId] | None = None
         self._specs: dict[Key, p.Spec] = {}
         """Of the persistent ones: what a subscriber joins again that was out of reach."""
@@ -140,7 +148,8 @@ class StoreFeed:
         self._running = True
         try:
             while self._inputs:
-                for effect in self._feed.receive(self._inputs.popleft(), self._loop.time()):
+                together, self._inputs = self._inputs, []
+                for effect in self._feed.receive(together, self._loop.time()):
                     self._handlers[type(effect)](effect)
         finally:
             self._running = False
@@ -324,13 +333,26 @@ class StoreFeed:
             if subscriber.node is node.name:
                 node.send(subscriber, events_message([event.record for event in effect.events]))
                 return
-            node.send(subscriber, events_message([event.encoded for event in effect.events]))
+            node.send(subscriber, self._message(effect.events))
         except ErlError as error:
             log.warning("events_not_sent", store=str(self.store), pid=str(subscriber), error=described(error))
             return
         connection = node.peers.table.get(subscriber.node)
-        if connection is not None and connection.busy:
+        if connection is not None and connection.busy and connection.backlog > AHEAD_BYTES:
             self._is_busy(subscriber)
+
+    def _message(self, events: list[Event]) -> Term:
+        """What a subscriber on another node gets. An event that goes to many is put together once."""
+        event = events[0]
+        if len(events) > 1:
+            return events_message([each.encoded for each in events])
+        if event is not self._last_event:
+            encoded = event.encoded
+            message = events_message([encoded])
+            if not encoded.atoms and len(encoded.data) < MAX_READY_BYTES:
+                message = EncodedTerm(encode_term(message))
+            self._last_event, self._last_message = event, message
+        return self._last_message
 
     def _is_busy(self, subscriber: Pid) -> None:
         waiting = self._busy.get(subscriber.node)
