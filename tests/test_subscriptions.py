@@ -218,6 +218,39 @@ def test_two_subscriptions_of_one_selector_both_get_every_event() -> None:
     assert got(driver.effects, "s") == got(driver.effects, "t") == ["a/0", "a/1"]
 
 
+def test_who_stand_at_the_same_place_share_a_read() -> None:
+    driver = Driver(a=9, b=9)
+    driver.subscribe("first", Spec(schema.BY_STREAM, b"$all", Start.NOW))
+    driver.answers = False
+    for number in range(100):
+        driver.subscribe(f"s{number}", subscriber=f"of{number}", a=5, b=6 + number % 2)
+    reads = of(p.ReadPage, driver.effects)
+    assert sorted((read.stream, read.start) for read in reads) == [(b"a", 5), (b"b", 6), (b"b", 7)]
+    driver.answers = True
+    effects = driver(*(p.Page(read.token, driver.store[read.stream.decode()][read.start :]) for read in reads))
+    for number in range(100):
+        expected = ["a/5", "a/6", "a/7", "a/8", "b/6", "b/7", "b/8"]
+        assert sorted(got(effects, f"s{number}")) == [each for each in expected if each != "b/6" or not number % 2]
+    assert not of(p.ReadPage, effects)
+
+
+def test_a_read_that_others_wait_for_too_is_not_theirs_when_they_are_another_subscription_of_the_name() -> None:
+    driver = Driver(a=9)
+    driver.subscribe("first", Spec(schema.BY_STREAM, b"$all", Start.NOW))
+    driver.answers = False
+    for key in ("one", "two"):
+        driver.subscribe(key, a=5)
+    (read,) = of(p.ReadPage, driver.effects)
+    driver(p.Remove("two"))
+    driver.subscribe("two", a=7)
+    assert [each.start for each in of(p.ReadPage, driver.effects)] == [5, 7]
+    effects = driver(p.Page(read.token, driver.store["a"][5:]))
+    assert got(effects) == ["a/5", "a/6", "a/7", "a/8"]
+    driver.answers = True
+    last = of(p.ReadPage, driver.effects)[-1]
+    assert got(driver(p.Page(last.token, driver.store["a"][7:])), "two") == ["a/7", "a/8"]
+
+
 def test_the_poll_finds_what_no_hint_told() -> None:
     driver = Driver(a=1)
     driver.subscribe("s")

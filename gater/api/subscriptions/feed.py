@@ -88,6 +88,16 @@ class _Doubt(NamedTuple):
     ahead: list[tuple[Subscription, dict[bytes, int]]]
 
 
+class _Read(NamedTuple):
+    """A read of events that is under way."""
+
+    stream: bytes
+    start: int
+    most: int
+    readers: list[Subscription] | None
+    """The subscriptions that are behind and wait for it; None: the feed itself does."""
+
+
 class Feed:
     """All subscriptions of one store that this gateway owns."""
 
@@ -140,7 +150,10 @@ class Feed:
         self._start_for: list[Subscription] = []
         self._start_at = now
         """When the count that subscriptions need to start may be asked for, or asked for again."""
-        self._reads: dict[int, tuple[Key | None, bytes, int, int]] = {}
+        self._reads: dict[int, _Read] = {}
+        self._shared_reads: dict[tuple[bytes, int], _Read] = {}
+        """Those of subscriptions that are behind, by stream and first number: where many stand at the same place, as
+        after another gateway has gone, one read does for all."""
         self._hungry: dict[Key, Subscription] = {}
         self._token = 0
         self._touched: dict[Key, Subscription] = {}
@@ -475,23 +488,39 @@ class Feed:
         self._token += 1
         return self._token
 
-    def _read(self, key: Key | None, stream: bytes, start: int, count: int) -> None:
+    def _read(self, read: _Read) -> None:
         token = self._new_token()
-        self._reads[token] = (key, stream, start, count)
-        self._effects.append(ReadPage(token, stream, start, count))
+        self._reads[token] = read
+        self._effects.append(ReadPage(token, read.stream, read.start, read.most))
+
+    def _read_for(self, reader: Subscription, stream: bytes, start: int, count: int) -> None:
+        shared = self._shared_reads.get((stream, start))
+        # Not if it is more than was asked for: that may be too much.
+        if shared is not None and shared.readers is not None and shared.most <= count:
+            shared.readers.append(reader)
+            return
+        read = _Read(stream, start, count, [reader])
+        self._shared_reads[stream, start] = read
+        self._read(read)
+
+    def _over(self, token: int) -> _Read | None:
+        """The read of this token, which is not under way any more."""
+        read = self._reads.pop(token, None)
+        if read is not None and self._shared_reads.get((read.stream, read.start)) is read:
+            del self._shared_reads[read.stream, read.start]
+        return read
 
     def _page(self, input: p.Page) -> None:
-        read = self._reads.pop(input.token, None)
+        read = self._over(input.token)
         if read is None:
             return
-        key, stream, start, count = read
-        if key is None:
-            self._live_page(stream, input.events)
+        if read.readers is None:
+            self._live_page(read.stream, input.events)
             return
-        subscription = self._subscriptions.get(key)
-        if subscription is not None:
-            subscription.page(stream, start, count, input.events, self._now)
-            self._touch(subscription)
+        for subscription in read.readers:
+            if self._subscriptions.get(subscription.key) is subscription:
+                subscription.page(read.stream, read.start, read.most, input.events, self._now)
+                self._touch(subscription)
 
     def _live_page(self, stream: bytes, events: Sequence[Event] | None) -> None:
         if stream not in self._known:
@@ -542,7 +571,7 @@ class Feed:
                 start = self._next[stream]
                 count = min(self._shares.page_events(), self._known[stream] - start)
                 # A read may have failed because it was too much.
-                self._read(None, stream, start, max(1, count >> self._vain.get(stream, 0)))
+                self._read(_Read(stream, start, max(1, count >> self._vain.get(stream, 0)), None))
                 return True
             self._idle[stream] = None
         return False
@@ -555,7 +584,7 @@ class Feed:
             if reads:
                 self._hungry[key] = subscription
                 for stream, start, count in reads:
-                    self._read(key, stream, start, count)
+                    self._read_for(subscription, stream, start, count)
                 return True
         return False
 
@@ -738,12 +767,12 @@ class Feed:
                 self._next[stream] = 0
             else:
                 del self._next[stream]
-        for token, (key, stream, _, _) in list(self._reads.items()):
-            if stream in gone:
+        for token, read in list(self._reads.items()):
+            if read.stream in gone:
                 # What it answers may be of the old ones.
-                del self._reads[token]
-                if key is not None and key in self._subscriptions:
-                    self._subscriptions[key].reads -= 1
+                self._over(token)
+                for subscription in read.readers or ():
+                    subscription.reads -= 1
         self._start_token = 0
         self._start_at = self._now
         for subscription in self._subscriptions.values():
