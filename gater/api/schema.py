@@ -690,10 +690,11 @@ class RequestSpec:
     check: Callable[[RequestSpec, tuple[Term, ...]], Request]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A request that a worker can be given. `term` is what to send, which is not always what came: see `check_request`.
 
+    Made for each, so it is not frozen, which takes three times as long; nobody changes it.
     `store` is None for `list_stores` only; `stream` is the event stream it concerns, if it concerns one.
     """
 

@@ -32,8 +32,9 @@ way to limit a read, so events suddenly larger than those before them take more,
 SHARED_ROOM: Final = 20_000
 """Events that the subscriptions of one store may keep together, each an equal part, beyond what each needs."""
 
-MAX_SHARE: Final = 1_000
-"""But not more each: one that is so far behind reads on in large pages."""
+MAX_SHARE: Final = 5_000
+"""But not more each: one so far behind reads on in large pages. That costs the store most when it has most to do:
+a subscriber of 5,000 events a second may be late by a second before it begins."""
 
 SHARED_BYTES: Final = 256 * 1024 * 1024
 """Bytes of events that the subscriptions of one store may keep together, each an equal part: so many that are read and

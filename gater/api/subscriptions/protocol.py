@@ -225,9 +225,11 @@ class Spec:
 
 
 # Inputs
+#
+# Inputs and effects are made for every event. They are never changed, but not frozen: that takes three times as long.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Subscribe:
     """Start a subscription, or join the one of that key (`Refused` if it has another kind or selector).
 
@@ -243,7 +245,7 @@ class Subscribe:
     resumes: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SubscriberDown:
     """This subscriber is gone, from all its subscriptions (`key` None) or from one."""
 
@@ -251,7 +253,7 @@ class SubscriberDown:
     key: Key | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SubscriberBusy:
     """The way to this subscriber is full (`busy`) or free again; what was delivered is not lost by it."""
 
@@ -259,7 +261,7 @@ class SubscriberBusy:
     busy: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ack:
     """This event has been dealt with. Acknowledging it twice, or one that is not outstanding, does nothing."""
 
@@ -268,7 +270,7 @@ class Ack:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Nack:
     """This event has not been dealt with: do `action`; `reason` is kept with a parked event."""
 
@@ -279,14 +281,14 @@ class Nack:
     reason: Term = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resume:
     """Go on delivering a subscription that was stopped."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReplayParked:
     """Deliver these parked events again; each is dropped from the parked ones (`DropParked`) once acknowledged. Those
     that wait for that already are not delivered twice; of too many the first are."""
@@ -295,21 +297,21 @@ class ReplayParked:
     events: Sequence[Event]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Remove:
     """End a subscription for good, without a last checkpoint."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Release:
     """Another gateway takes over: save where it stands and forget it."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hint:
     """A stream has come to at least this version; `events`, if there are any, are its events up to there, in order."""
 
@@ -318,7 +320,7 @@ class Hint:
     events: Sequence[Event] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Page:
     """The answer to a `ReadPage`: events in ascending order, or None if the read failed."""
 
@@ -326,7 +328,7 @@ class Page:
     events: Sequence[Event] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Counts:
     """The answer to a `ReadCounts`: events by stream (None: it failed), how long the store took for it, and how much of
     this gateway's time it took; `index` of a certain one is the Raft index from after the count, if there is one.
@@ -341,7 +343,7 @@ class Counts:
     index: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Index:
     """The answer to a `ReadIndex`: the store's last applied Raft index, None if it could not be read or has none."""
 
@@ -349,7 +351,7 @@ class Index:
     value: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Saved:
     """The answer to a `SaveCheckpoint`."""
 
@@ -358,7 +360,7 @@ class Saved:
     ok: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParkSaved:
     """The answer to a `Park`."""
 
@@ -368,7 +370,7 @@ class ParkSaved:
     ok: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tick:
     """Time has passed: `Feed.deadline` is reached."""
 
@@ -396,7 +398,7 @@ Input: TypeAlias = (
 # Effects
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadPage:
     """Read `count` events of a stream from number `start` on; answer with `Page`, always."""
 
@@ -406,7 +408,7 @@ class ReadPage:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadCounts:
     """Ask how many events these streams have (None: all streams); answer with `Counts`, always.
 
@@ -418,14 +420,14 @@ class ReadCounts:
     certain: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadIndex:
     """Ask for the store's last applied Raft index; answer with `Index`, always."""
 
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deliver:
     """Send these events to the subscriber, as one message."""
 
@@ -434,7 +436,7 @@ class Deliver:
     events: list[Event]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SaveCheckpoint:
     """Save for each of these streams the number of the next event not yet dealt with; answer with `Saved`.
 
@@ -447,7 +449,7 @@ class SaveCheckpoint:
     positions: dict[bytes, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BeginAnew:
     """What was saved for these streams is about events that the store does not have any more: it counts no longer. The
     store may be another one, so that everything else that was saved may be gone too."""
@@ -456,7 +458,7 @@ class BeginAnew:
     streams: Collection[bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Park:
     """Save this event among the parked ones; answer with `ParkSaved`. Its checkpoint waits for that."""
 
@@ -466,7 +468,7 @@ class Park:
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DropParked:
     """This parked event has been dealt with: forget it."""
 
@@ -475,14 +477,14 @@ class DropParked:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Started:
     """The subscription knows where it begins: what is appended from now on will be delivered."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refused:
     """The subscriber could not subscribe; `reason` says why."""
 
@@ -491,7 +493,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stopped:
     """A subscriber stopped the subscription at this event."""
 
@@ -501,21 +503,21 @@ class Stopped:
     reason: Term
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resumed:
     """It goes on again."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ended:
     """A transient subscription has ended with its subscriber."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Log:
     """Something an operator may want to know: an event name and its fields, never payload."""
 
