@@ -644,7 +644,7 @@ class Simulation:
         assert len(taken) <= (sub.subscribers + 1) * sub.spec.options.window
         assert sum(entry.event.size for entry in taken) < (sub.subscribers + 1) * (most + largest)
         backlog = self.feed._subscriptions[sub.key].backlog
-        kept = [event for lane in backlog._lanes.values() for event in lane.buffer]
+        kept = [event for lane in backlog.lanes.values() for event in lane.buffer]
         assert backlog.bytes == sum(event.size for event in kept)
         assert set(backlog._full) == {event.stream for event in kept}
         assert backlog.bytes < most + largest

@@ -116,7 +116,8 @@ class Backlog:
         self.buffered = 0
         self.bytes = 0
         """Of the events that are kept."""
-        self._lanes: dict[bytes, Lane] = {}
+        self.lanes: dict[bytes, Lane] = {}
+        """By stream; changed here only."""
         self._heads: list[tuple[int, bytes, int]] = []
         """(epoch, stream, number) of next events; entries of lanes that have moved on are passed over."""
         self._unknown: dict[bytes, None] = {}
@@ -129,30 +130,30 @@ class Backlog:
         self.wake = float("inf")
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return len(self.lanes)
 
     def __contains__(self, stream: bytes) -> bool:
-        return stream in self._lanes
+        return stream in self.lanes
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._lanes)
+        return iter(self.lanes)
 
     @property
     def is_moving(self) -> bool:
         """Whether any lane is not stuck."""
-        return len(self._lanes) > self._stuck
+        return len(self.lanes) > self._stuck
 
     def position(self, stream: bytes) -> int | None:
         """The next number of a stream, None if the subscription is not behind in it."""
-        lane = self._lanes.get(stream)
+        lane = self.lanes.get(stream)
         return None if lane is None else lane.position
 
     # Falling behind
 
     def behind(self, stream: bytes, number: int) -> None:
         """The subscription begins here in this stream, behind its feed."""
-        if stream not in self._lanes:
-            self._lanes[stream] = Lane(stream, number)
+        if stream not in self.lanes:
+            self.lanes[stream] = Lane(stream, number)
             self._unknown[stream] = None
 
     def keep(self, event: Event) -> None:
@@ -161,9 +162,9 @@ class Backlog:
         The event itself is kept if there is room and it is the next one of its lane.
         """
         stream = event.stream
-        lane = self._lanes.get(stream)
+        lane = self.lanes.get(stream)
         if lane is None:
-            lane = self._lanes[stream] = Lane(stream, event.number)
+            lane = self.lanes[stream] = Lane(stream, event.number)
             lane.epoch = event.epoch
             heappush(self._heads, (event.epoch, stream, event.number))
         if lane.read_to == event.number and self._room > 0 and not lane.reading:
@@ -174,7 +175,7 @@ class Backlog:
 
     def begin_anew(self, stream: bytes) -> None:
         """Forget the stream: its events are not in the store any more."""
-        lane = self._lanes.get(stream)
+        lane = self.lanes.get(stream)
         if lane is not None:
             self._remove(lane)
 
@@ -187,7 +188,7 @@ class Backlog:
         heads = self._heads
         while heads:
             _, stream, number = heads[0]
-            lane = self._lanes.get(stream)
+            lane = self.lanes.get(stream)
             if lane is not None and not lane.stuck and lane.epoch is not None and lane.position == number:
                 if lane.buffer:
                     return lane.buffer[0]
@@ -198,7 +199,7 @@ class Backlog:
 
     def take(self, event: Event, end: int) -> None:
         """The event that was `first` was delivered. Its lane is done when it has come to `end`, the feed's number."""
-        lane = self._lanes[event.stream]
+        lane = self.lanes[event.stream]
         lane.buffer.popleft()
         self.buffered -= 1
         self.bytes -= event.size
@@ -223,7 +224,7 @@ class Backlog:
         for stream in self._unknown:
             if len(wanted) >= most:
                 break
-            lane = self._lanes[stream]
+            lane = self.lanes[stream]
             if not lane.reading:
                 lane.reading = True
                 count = min(share, self._shares.page_events(lane.event_bytes, share_bytes))
@@ -245,7 +246,7 @@ class Backlog:
 
         `end` is the feed's number of the stream: what is behind it will come from the feed.
         """
-        lane = self._lanes.get(stream)
+        lane = self.lanes.get(stream)
         if lane is None or not lane.reading:
             return
         lane.reading = False
@@ -277,7 +278,7 @@ class Backlog:
             known = fitting[0]
             is_turn = lane.epoch is not None
             lane.epoch = known.epoch
-            if len(fitting) > self._room and not is_turn and len(self._lanes) > 1:
+            if len(fitting) > self._room and not is_turn and len(self.lanes) > 1:
                 # No room: remember when it was stored and read it again when its turn comes.
                 lane.read_to = known.number
             else:
@@ -298,7 +299,7 @@ class Backlog:
 
     def stick(self, stream: bytes, subscriber: SubscriberId | None) -> None:
         """This lane cannot move now: until `unstick` of that subscriber, or until it is tried again (None)."""
-        lane = self._lanes[stream]
+        lane = self.lanes[stream]
         if not lane.stuck:
             lane.stuck = True
             self._stuck += 1
@@ -316,7 +317,7 @@ class Backlog:
         if subscriber is None:
             self.wake = float("inf")
         for stream in self._waiting.pop(subscriber, ()):
-            lane = self._lanes.get(stream)
+            lane = self.lanes.get(stream)
             if lane is None or not lane.stuck:
                 continue
             if lane.not_before > now:
@@ -356,7 +357,7 @@ class Backlog:
     def _make_room(self) -> None:
         """Room for the lane whose turn it is, if there is none: others are read again when it is theirs."""
         while self._full and self._room <= 0:
-            self._empty(self._lanes[next(reversed(self._full))])
+            self._empty(self.lanes[next(reversed(self._full))])
 
     def _empty(self, lane: Lane) -> None:
         """Keep nothing of the lane but where it is."""
@@ -378,5 +379,5 @@ class Backlog:
         if lane.stuck:
             self._stuck -= 1
         self._empty(lane)
-        del self._lanes[lane.stream]
+        del self.lanes[lane.stream]
         self._unknown.pop(lane.stream, None)

@@ -120,9 +120,11 @@ class Delivery:
         self._streams: dict[bytes, deque[Entry]] = {}
         self._entries: dict[tuple[bytes, int], Entry] = {}
         self._owners: dict[bytes, Subscriber] = {}
-        self._held: dict[bytes, int] = {}
-        """Streams with entries that wait, and how many."""
-        self._replays: deque[Entry] = deque()
+        self.held: dict[bytes, int] = {}
+        """Streams with entries that wait, and how many; changed here only."""
+        self.replays: deque[Entry] = deque()
+        """Entries of parked events that wait to be delivered again; changed here only."""
+        self._by_stream = options.strategy is Strategy.BY_STREAM
         self._aside = 0
         """Entries that wait or are being parked, those replayed not counted, and their bytes."""
         self._aside_bytes = 0
@@ -140,11 +142,6 @@ class Delivery:
         return len(self._entries)
 
     @property
-    def holds(self) -> int:
-        """How many streams are held."""
-        return len(self._held)
-
-    @property
     def parking(self) -> int:
         """Events that are being parked."""
         return sum(entry.state is State.PARKING for entry in self._entries.values())
@@ -153,10 +150,6 @@ class Delivery:
         """The first number of the stream that is not done, None if all that was taken is."""
         entries = self._streams.get(stream)
         return entries[0].event.number if entries else None
-
-    def is_held(self, stream: bytes) -> bool:
-        """Whether the stream must wait for an event of it that is to be delivered again."""
-        return stream in self._held
 
     @property
     def has_room(self) -> bool:
@@ -170,15 +163,15 @@ class Delivery:
 
     def could_take(self, stream: bytes) -> bool:
         """Whether an event of the stream would be taken now."""
-        if not self._takes_new or stream in self._held:
+        if not self._takes_new or stream in self.held:
             return False
-        if self.options.strategy is Strategy.BY_STREAM and len(self._rotation) > 1:
+        if self._by_stream and len(self._rotation) > 1:
             return self._has_room(self._owner(stream))
         return self.has_room
 
     def owner(self, stream: bytes) -> SubscriberId | None:
         """The subscriber that would get the stream's next event, whether or not it has room (`BY_STREAM` only)."""
-        if self.options.strategy is not Strategy.BY_STREAM or not self._rotation:
+        if not self._by_stream or not self._rotation:
             return None
         return self._owner(stream).id
 
@@ -215,18 +208,23 @@ class Delivery:
 
     def offer(self, event: Event, now: float) -> bool:
         """Take an event that has not been delivered yet, if somebody has room for it."""
-        if not self._takes_new or event.stream in self._held:
+        stream = event.stream
+        if not self._takes_new or stream in self.held:
             return False
-        subscriber = self._choose(event.stream)
+        subscriber = self._choose(stream)
         if subscriber is None:
             return False
         if self.options.auto_ack:
             subscriber.outbox.append(event)
-            self.progressed.append(event.stream)
+            self.progressed.append(stream)
             return True
         entry = Entry(event)
-        self._streams.setdefault(event.stream, deque()).append(entry)
-        self._entries[event.stream, event.number] = entry
+        entries = self._streams.get(stream)
+        if entries is None:
+            self._streams[stream] = deque((entry,))
+        else:
+            entries.append(entry)
+        self._entries[stream, event.number] = entry
         self._send(entry, subscriber, now)
         return True
 
@@ -239,13 +237,13 @@ class Delivery:
         """Deliver parked events again, as soon as there is room: those that are not waiting for that already, until
         there are `MAX_REPLAYS`."""
         for event in events:
-            if len(self._replays) >= MAX_REPLAYS:
+            if len(self.replays) >= MAX_REPLAYS:
                 return
             # It was read among the parked ones: so it is saved, be that known here or not.
             self.park_saved(event.stream, event.number, True, now)
             if (event.stream, event.number) not in self._entries:
                 entry = self._entries[event.stream, event.number] = Entry(event, replayed=True)
-                self._replays.append(entry)
+                self.replays.append(entry)
 
     def ack(self, stream: bytes, number: int, now: float) -> bool:
         """An event is dealt with; False if it is not outstanding."""
@@ -299,7 +297,7 @@ class Delivery:
                 self._release(entry)
             self._leave_subscriber(entry)
             self._forget(entry)
-        self._replays = deque(entry for entry in self._replays if entry.state is not State.DONE)
+        self.replays = deque(entry for entry in self.replays if entry.state is not State.DONE)
         self._streams.pop(stream, None)
         self._owners.pop(stream, None)
 
@@ -311,11 +309,11 @@ class Delivery:
             self._look_at_clock(now)
         if self.stopped:
             return
-        if self._held:
-            for stream in list(self._held):
+        if self.held:
+            for stream in list(self.held):
                 self._resend(stream, now)
-        while self._replays:
-            entry = self._replays[0]
+        while self.replays:
+            entry = self.replays[0]
             if entry.state is State.WAITING:
                 if entry.due > now:
                     self.wake = min(self.wake, entry.due)
@@ -324,7 +322,7 @@ class Delivery:
                 if subscriber is None:
                     break
                 self._send(entry, subscriber, now)
-            self._replays.popleft()
+            self.replays.popleft()
 
     def flush(self) -> None:
         """Turn what was sent since the last time into messages of at most `batch_size` events."""
@@ -373,16 +371,19 @@ class Delivery:
             subscriber.outbox.append(entry.event)
             self._done(entry)
             return
+        event = entry.event
         entry.state = State.IN_FLIGHT
         entry.deliveries += 1
         entry.subscriber = subscriber
-        entry.due = now + self.options.ack_timeout_s * min(2**entry.timeouts, MAX_TIMEOUT_FACTOR)
-        self.wake = min(self.wake, entry.due)
+        due = now + self.options.ack_timeout_s * (min(2**entry.timeouts, MAX_TIMEOUT_FACTOR) if entry.timeouts else 1)
+        entry.due = due
+        if due < self.wake:
+            self.wake = due
         subscriber.in_flight += 1
-        subscriber.bytes += entry.event.size
-        subscriber.outbox.append(entry.event)
-        if not entry.replayed:
-            self._owners[entry.event.stream] = subscriber
+        subscriber.bytes += event.size
+        subscriber.outbox.append(event)
+        if self._by_stream and not entry.replayed:
+            self._owners[event.stream] = subscriber
 
     def _wait(self, entry: Entry, due: float) -> None:
         """Let an entry in flight wait, and those behind it that are with the same subscriber."""
@@ -390,7 +391,7 @@ class Delivery:
         self._take_back(entry, due)
         self.wake = min(self.wake, due)
         if entry.replayed:
-            self._replays.append(entry)
+            self.replays.append(entry)
             return
         behind = False
         for other in self._streams[entry.event.stream]:
@@ -406,7 +407,7 @@ class Delivery:
         entry.due = due
         if not entry.replayed:
             stream = entry.event.stream
-            self._held[stream] = self._held.get(stream, 0) + 1
+            self.held[stream] = self.held.get(stream, 0) + 1
             self._put_aside(entry)
 
     def _put_aside(self, entry: Entry) -> None:
@@ -420,11 +421,11 @@ class Delivery:
     def _release(self, entry: Entry) -> None:
         self._fetch_back(entry)
         stream = entry.event.stream
-        left = self._held[stream] - 1
+        left = self.held[stream] - 1
         if left:
-            self._held[stream] = left
+            self.held[stream] = left
         else:
-            del self._held[stream]
+            del self.held[stream]
 
     def _leave_subscriber(self, entry: Entry) -> None:
         if entry.state is State.IN_FLIGHT and entry.subscriber is not None:
@@ -489,7 +490,7 @@ class Delivery:
             return only if self._has_room(only) else None
         if not rotation:
             return None
-        if self.options.strategy is Strategy.BY_STREAM:
+        if self._by_stream:
             owner = self._owner(stream)
             return owner if self._has_room(owner) else None
         for _ in range(len(rotation)):

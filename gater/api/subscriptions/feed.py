@@ -815,12 +815,11 @@ class Feed:
         """Let everything that was touched do what it can, then read and ask on."""
         now = self._now
         for key, subscription in self._touched.items():
-            subscription.settle(self._new_token, self._moved_since, now)
-            deadline = subscription.deadline
-            if deadline < subscription.wake:
-                subscription.wake = deadline
-                heappush(self._wakes, (deadline, id(subscription), key))
-            if len(subscription.backlog):
+            due = subscription.settle(self._new_token, self._moved_since, now)
+            if due < subscription.wake:
+                subscription.wake = due
+                heappush(self._wakes, (due, id(subscription), key))
+            if subscription.backlog.lanes:
                 self._hungry[key] = subscription
             if self._idle and subscription.could_accept:
                 self._wake_idle(subscription.matcher.stream)

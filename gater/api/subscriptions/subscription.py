@@ -150,10 +150,12 @@ class Subscription:
 
     def event(self, event: Event, now: float) -> None:
         """The feed has come to this event, and the subscription wants it."""
-        if self.starting or event.number < self.floor(event.stream):
+        stream = event.stream
+        if self.starting or event.number < self._floors.get(stream, self._lowest):
             return
         backlog = self.backlog
-        if backlog.is_moving or event.stream in backlog or not self.delivery.offer(event, now):
+        lanes = backlog.lanes
+        if (lanes and (backlog.is_moving or stream in lanes)) or not self.delivery.offer(event, now):
             backlog.keep(event)
 
     def page(self, stream: bytes, start: int, count: int, events: Sequence[Event] | None, now: float) -> None:
@@ -199,30 +201,41 @@ class Subscription:
 
     # Time
 
-    def settle(self, token: Callable[[], int], moved: Callable[[int], tuple[list[bytes], int]], now: float) -> None:
-        """Do what can be done now: send, catch up, save. Called after everything that concerns it."""
+    def settle(self, token: Callable[[], int], moved: Callable[[int], tuple[list[bytes], int]], now: float) -> float:
+        """Do what can be done now: send, catch up, save. Called after everything that concerns it, and at the latest at
+        the time that it returns."""
         delivery, backlog = self.delivery, self.backlog
-        held = delivery.holds
-        delivery.pump(now)
-        if now >= backlog.wake or delivery.holds != held or delivery.progressed:
+        progressed = delivery.progressed
+        is_moved = bool(progressed)
+        if delivery.held or delivery.replays or now >= delivery.wake:
+            held = len(delivery.held)
+            delivery.pump(now)
+            is_moved = bool(progressed) or len(delivery.held) != held
+        if now >= backlog.wake or (is_moved and backlog.lanes):
             backlog.unstick(None, now)
-        if len(backlog):
+        if backlog.lanes:
             for subscriber in backlog.stuck_subscribers:
                 if delivery.room_of(subscriber):
                     backlog.unstick(subscriber, now)
             self._catch_up(now)
         # What is sent counts as acknowledged with `auto_ack`: first sent, then saved.
         delivery.flush()
+        due = min(delivery.wake, backlog.wake)
         if self.spec.persistent:
-            for stream in delivery.progressed:
-                self.checkpoint.moved(stream, now)
+            checkpoint = self.checkpoint
+            for stream in progressed:
+                checkpoint.moved(stream, now)
             if now >= self.scan_due:
                 streams, self.scanned = moved(self.scanned)
-                self.checkpoint.moved_all(streams, now)
+                checkpoint.moved_all(streams, now)
                 self.scan_due = now + SCAN_SAVE_S
-            if now >= self.checkpoint.deadline:
+            save_at = checkpoint.deadline
+            if now >= save_at:
                 self.save(token, now)
-        delivery.progressed.clear()
+                save_at = checkpoint.deadline
+            due = min(due, save_at, self.scan_due)
+        progressed.clear()
+        return due
 
     def _catch_up(self, now: float) -> None:
         delivery, backlog = self.delivery, self.backlog
@@ -231,7 +244,7 @@ class Subscription:
             if event is None:
                 return
             stream = event.stream
-            if delivery.is_held(stream):
+            if stream in delivery.held:
                 backlog.stick(stream, None)
             elif delivery.offer(event, now):
                 backlog.take(event, self._end(stream))
@@ -256,14 +269,6 @@ class Subscription:
         positions = self.checkpoint.last(number, self.position, now)
         if positions is not None:
             self._effects.append(SaveCheckpoint(self.key, number, positions))
-
-    @property
-    def deadline(self) -> float:
-        """When `settle` has something to do if nothing else happens."""
-        found = min(self.delivery.wake, self.backlog.wake)
-        if self.spec.persistent:
-            found = min(found, self.checkpoint.deadline, self.scan_due)
-        return found
 
     @property
     def status(self) -> Status:
