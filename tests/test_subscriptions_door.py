@@ -14,6 +14,7 @@ from gateway_kit import (
     STORE,
     Ask,
     Cluster,
+    Held,
     Worker,
     caller_node,
     connected,
@@ -229,6 +230,100 @@ async def test_what_waits_to_be_saved_is_not_saved_once_the_subscription_is_remo
     assert (await house.subscribe(second, BY_STREAM, b"$s", b"p"))[0] is OK
     await second.has(2)
     assert second.seen == [(b"s", 0), (b"s", 1)]
+
+
+@asynccontextmanager
+async def house_of_a_cluster(directory: Path) -> AsyncIterator[tuple[Cluster, House]]:
+    """With a persistent subscription `p` that has acknowledged the two events of `s`, and has saved that."""
+    async with (
+        open_cluster(directory, khepri=True) as cluster,
+        gateway(cluster) as system,
+        caller_node(cluster.epmd_port) as caller,
+    ):
+        await connected(system, cluster)
+        house = House(system, caller, function_door(caller, system))
+        me = subscriber(caller)
+        assert (await house.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        await house.append(b"s", "a", "b")
+        await me.has(2)
+        for event in me.events:
+            assert await house.ask("ack_event", STORE, b"p", me.pid, event) is OK
+
+        async def saved() -> bool:
+            return 2 in [record[Atom("positions")].get(b"s") for record in (await checkpoints(cluster)).values()]
+
+        await wait_until(saved, "the checkpoint")
+        yield cluster, house
+
+
+async def checkpoints(cluster: Cluster) -> Any:
+    _, found = await cluster.ask(("list_snapshots", STORE, b"gater.checkpoint", b"p"))
+    return found
+
+
+async def test_what_could_not_be_removed_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.SAVE_AGAIN_S", 0.1)
+    async with house_of_a_cluster(tmp_path) as (cluster, house):
+        cluster.fence_answer = schema.error(Atom("timeout"))
+        before = len(cluster.fenced)
+        assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$all", b"p") is OK
+        await wait_until(lambda: len(cluster.fenced) > before + 1, "it to have been tried")
+        assert await checkpoints(cluster)
+        cluster.fence_answer = schema.OK
+        await wait_until(lambda: not house.system.subscriptions._owned, "the subscription to be gone")
+        assert not await checkpoints(cluster)
+
+
+async def test_who_subscribes_while_a_subscription_is_removed_begins_anew(tmp_path: Path) -> None:
+    async with house_of_a_cluster(tmp_path) as (cluster, house):
+        held = Held()
+        cluster.next(held, "list_snapshots")
+        assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$all", b"p") is OK
+        await held.arrived()
+        me = subscriber(house.caller)
+        subscribing = asyncio.create_task(house.subscribe(me, BY_STREAM, b"$all", b"p"))
+        tasks = house.system.subscriptions._tasks
+        await wait_until(lambda: subscribing.done() or len(tasks) > 1, "the request to be under way")
+        held.release()
+        assert await subscribing == (OK, b"p")
+        await me.has(2)
+        assert me.seen == [(b"s", 0), (b"s", 1)]
+
+
+async def test_a_gateway_that_stops_has_removed_what_it_was_told_to(tmp_path: Path) -> None:
+    async with house_of_a_cluster(tmp_path) as (cluster, house):
+        held = Held()
+        cluster.next(held, "list_snapshots")
+        assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$all", b"p") is OK
+        await held.arrived()
+        stopping = asyncio.create_task(house.system.subscriptions.stop())
+        await wait_until(lambda: house.system.subscriptions._stopping, "the gateway to be stopping")
+        held.release()
+        await stopping
+        assert not await checkpoints(cluster)
+
+
+async def test_subscriptions_that_begin_together_take_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.shell.AT_ONCE", 2)
+    door = house.system.subscriptions
+    register, registering, most = door._register, 0, 0
+
+    async def counted(owned: Any, subscriber: Pid) -> bool:
+        nonlocal registering, most
+        registering += 1
+        most = max(most, registering)
+        try:
+            return await register(owned, subscriber)
+        finally:
+            registering -= 1
+
+    monkeypatch.setattr(door, "_register", counted)
+    names = [b"p%d" % number for number in range(10)]
+    replies = await asyncio.gather(
+        *(house.subscribe(subscriber(house.caller), BY_STREAM, b"$all", name) for name in names)
+    )
+    assert replies == [(OK, name) for name in names]
+    assert most == 2
 
 
 async def test_a_persistent_subscription_goes_on_after_a_restart_of_the_gateway(tmp_path: Path) -> None:

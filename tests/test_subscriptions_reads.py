@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_kit import STORE
+from gateway_kit import STORE, Held
 from node_kit import wait_until
 from test_service import House, open_house
 
+from gater.api import schema
 from gater.api.subscriptions.reads import StoreReads
 from gater.erl.terms import Atom, Term
 
@@ -136,3 +137,20 @@ async def test_what_is_certain_is_the_most_that_any_member_has_when_all_have_cau
     await wait_until(lambda: node.name not in house.system.node.nodes(), "the member to be gone")
     # It was there a moment ago, and may have what the others lack.
     assert await reads.certain_counts([b"s"]) is None
+
+
+async def test_who_want_certain_replies_together_wait_for_one_fence_and_take_turns(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.reads.CERTAIN_AT_ONCE", 2)
+    reads, cluster, held = StoreReads(house.system.service, STORE), house.cluster, Held()
+    cluster.always(held, "list_snapshots")
+    cluster.fenced.clear()
+    request = schema.list_snapshots_request(STORE, "source", schema.ANY)
+    replies = asyncio.gather(*(reads.certain_reply(request) for _ in range(10)))
+    for _ in range(5):
+        await held.arrived(2)
+        assert len(held.calls) == 2
+        held.release()
+    assert await replies == [(schema.OK, {})] * 10
+    assert len(cluster.fenced) <= 2

@@ -42,7 +42,11 @@ class Snapshots:
         return [(source.encode(), stream, version, record) for version, record in self.kept.items()]
 
     def delete(self, source: str, stream: bytes, version: int) -> None:
-        del self.kept[version]
+        self.kept.pop(version, None)
+
+    async def places(self, source: str) -> list[tuple[bytes, int]]:
+        await self.pause()
+        return []
 
     async def pause(self) -> None:
         for _ in range(self.random.randrange(4)):
@@ -108,3 +112,14 @@ async def test_the_last_stop_or_resumption_counts() -> None:
     three = state(snapshots, "three")
     assert await three.load() == {b"s": 2}
     assert not three.stopped
+
+
+async def test_what_is_to_be_saved_while_all_is_removed_is_not_saved() -> None:
+    snapshots = Snapshots(random.Random(0))
+    snapshots.fails = 0
+    one, two = state(snapshots, "one"), state(snapshots, "two")
+    assert await one.save({b"s": 1})
+    assert await two.save({b"s": 2})
+    two.has_others = True
+    assert await asyncio.gather(two.remove(), two.save({b"s": 3}), two.absorb()) == [True, False, True]
+    assert snapshots.kept == {}

@@ -74,6 +74,10 @@ class Fences:
         last = self._appends.latest((store, stream))
         return last.version if last is not None and asyncio.get_running_loop().time() < last.at + TOLD_S else -1
 
+    def has_fence(self, node: Atom) -> bool:
+        """Whether a node offers a fence, as far as it has been asked."""
+        return node not in self._fenceless
+
     def can_catch_up(self, store: Atom, node: Atom) -> bool:
         """Whether it makes sense to wait for `catch_up`: not without a fence, and not without a majority."""
         return node not in self._fenceless and self._has_quorum(store)

@@ -72,7 +72,8 @@ MAX_REQUESTS: Final = 10_000
 """Requests about subscriptions under way at once, as of the service; further ones are answered `:overloaded`."""
 
 GIVE_AWAY_S: Final = 3.0
-"""How long a gateway that stops waits for its last checkpoints to be saved; whoever takes over repeats the rest."""
+"""How long a gateway that stops waits for its last checkpoints to be saved; whoever takes over repeats the rest. And
+before that for what it was told to remove."""
 
 TAKE_OVER_S: Final = 600.0
 """How long a gateway tries to take over a subscription: its store may be choosing a new leader, or be without one."""
@@ -203,6 +204,8 @@ class Subscriptions:
         self._beat: asyncio.TimerHandle | None = None
         self._moving: Counter[tuple[Atom, bytes]] = Counter()
         """Subscriptions that are changing hands, and how many are at it."""
+        self._removing: dict[tuple[Atom, bytes], asyncio.Task[None]] = {}
+        """Subscriptions that are being removed."""
 
     def start(self, pubsub: PubSub | None = None, events_server: str = DEFAULT_PUB_SUB) -> None:
         """Take requests. `pubsub` brings hints, and tells other gateways of appends, by the server for events."""
@@ -223,6 +226,8 @@ class Subscriptions:
             self._beat.cancel()
         for end in self._unsubscribe:
             end()
+        if self._removing:
+            await asyncio.wait(set(self._removing.values()), timeout=GIVE_AWAY_S)
         await asyncio.gather(*(self._give_away(owned) for owned in list(self._owned.values())))
         for task in set(self._tasks):
             task.cancel()
@@ -407,7 +412,9 @@ class Subscriptions:
             if len(self._tasks) >= MAX_REQUESTS:
                 on_taken(Rejected(schema.OVERLOADED))
                 return True
-            self._spawn(self._remove(request, passed_on))
+            key = term[1], term[4]
+            task = self._removing[key] = self._spawn(self._remove(request, passed_on, self._removing.get(key)))
+            task.add_done_callback(lambda _: self._removed(key, task))
             return passed_on
         if request.op == "ack_event":
             if self._each_of(request, passed_on, lambda key, event: p.Ack(key, *event), on_taken):
@@ -548,6 +555,11 @@ class Subscriptions:
         taken_over: bool = False,
     ) -> None:
         while True:
+            removing = self._removing.get((store, name))
+            if removing is not None:
+                # It begins anew, when nothing is left of it.
+                await asyncio.wait({removing})
+                continue
             owned = self._owned.get((store, name))
             if owned is not None:
                 await _outcome(owned.ready)
@@ -602,7 +614,9 @@ class Subscriptions:
         owned = _Owned(store, name, spec, kept, loop.create_future())
         self._owned[store, name] = owned
         try:
-            if not await self._register(owned, subscriber):
+            async with feed.beginning:
+                registered = await self._register(owned, subscriber)
+            if not registered:
                 self._forget(owned)
                 return False
             positions = await self._load(saved, store)
@@ -732,13 +746,25 @@ class Subscriptions:
 
     def _unregister(self, owned: _Owned, *, to_others: bool = False) -> None:
         """Free the name. Who looks at its properties finds nobody to take it over for, unless it goes `to_others`."""
-        if owned.server is None or not owned.server.process.alive:
-            return
-        if self._swarm is not None and self._swarm.whereis(owned.swarm_name) == owned.server.pid:
+        if self._swarm is not None and self._has_name(owned):
             if not (to_others or self._stopping):
-                owned.told = []
-                self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
+                self._nobody_takes_over(owned)
             self._swarm.ask(UntrackName(owned.swarm_name), _ignore)
+
+    def _has_name(self, owned: _Owned) -> bool:
+        server = owned.server
+        return (
+            self._swarm is not None
+            and server is not None
+            and server.process.alive
+            and self._swarm.whereis(owned.swarm_name) == server.pid
+        )
+
+    def _nobody_takes_over(self, owned: _Owned) -> None:
+        """Nor will they when this gateway goes: it has no subscribers any more."""
+        if owned.told and self._swarm is not None and owned.server is not None and self._has_name(owned):
+            owned.told = []
+            self._swarm.ask(AddMeta(SUBSCRIPTION, self._properties(owned), owned.server.pid), _ignore)
 
     def _forget(self, owned: _Owned) -> None:
         owned.listen_no_more()
@@ -882,7 +908,10 @@ class Subscriptions:
         self._unregister(owned, to_others=True)
         self._forget(owned)
 
-    async def _remove(self, request: Request, passed_on: bool) -> None:
+    async def _remove(self, request: Request, passed_on: bool, before: asyncio.Task[None] | None) -> None:
+        """`before`: an earlier removal of the same name that is not over."""
+        if before is not None:
+            await asyncio.wait({before})
         _, store, kind, selector, name = request.term
         try:
             identity = compile_selector(kind, selector).identity
@@ -894,7 +923,8 @@ class Subscriptions:
                 if feed is not None and type(key) is tuple and key[1:] == identity:
                     feed.remove(key)
             return
-        owned = self._owned.get((store, name))
+        while (owned := self._owned.get((store, name))) is not None and not owned.ready.done():
+            await _outcome(owned.ready)
         if owned is None:
             owner = None if passed_on else self._elsewhere(store, name)
             if owner is not None:
@@ -909,16 +939,36 @@ class Subscriptions:
             if compile_selector(owned.spec.kind, owned.spec.selector).identity != identity:
                 return
             saved = self.feed(store).saved.get(name) or self._state(store, name, kind, selector)
-            self.feed(store).remove(name)
+            async with self.feed(store).ending:
+                self.feed(store).remove(name)
+                self._nobody_takes_over(owned)
+        await self._remove_saved(store, saved)
+        if owned is not None:
+            # Not before: who subscribes in another gateway is to find nothing of it.
             self._unregister(owned)
             self._forget(owned)
-        try:
-            if await saved.load() is not None:
-                await saved.remove()
-        except ValueError:
-            return  # what is saved belongs to another selector
-        except Unreadable as problem:
-            log.warning("checkpoint_not_removed", subscription=name.decode(), reason=repr(problem.args[0])[:200])
+
+    async def _remove_saved(self, store: Atom, saved: SavedState) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + TAKE_OVER_S
+        while True:
+            reason: Term = None
+            try:
+                async with self.feed(store).ending:
+                    if await saved.remove():
+                        return
+            except ValueError:
+                return  # what is saved belongs to another selector
+            except Unreadable as problem:
+                reason = problem.args[0]
+            if loop.time() >= until:
+                log.error("checkpoint_not_removed", subscription=saved.name.decode(), reason=repr(reason)[:200])
+                return
+            await asyncio.sleep(SAVE_AGAIN_S)
+
+    def _removed(self, key: tuple[Atom, bytes], task: asyncio.Task[None]) -> None:
+        if self._removing.get(key) is task:
+            del self._removing[key]
 
     async def _pass_on(self, request: Request, passed_on: bool) -> Term:
         name = request.term[2]
@@ -937,10 +987,11 @@ class Subscriptions:
         snapshots = Snapshots(self._service, self.feed(store).reads)
         return SavedState(snapshots, name, kind, selector, writer=self._service.node.name)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

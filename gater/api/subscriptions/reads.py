@@ -29,8 +29,12 @@ COUNTS_TIMEOUT_S: Final = 8.0
 COUNT_TIMEOUT_S: Final = 3.0
 """For one of them; a count of 100,000 streams takes half a second."""
 
-FENCE_S: Final = 1.0
-"""For a member of the store to catch up, before another one is asked."""
+REPLY_S: Final = 1.0
+"""For a member of the store that has caught up to reply, before another one is asked."""
+
+CERTAIN_AT_ONCE: Final = 64
+"""Certain replies under way at once, so that of thousands that are wanted together each comes within `REPLY_S`, and
+other callers have their turn in between."""
 
 INDEX_TIMEOUT_S: Final = 1.0
 """For the Raft index, which takes a fraction of a millisecond on a node that is well."""
@@ -88,6 +92,7 @@ class StoreReads:
         """The index of each member of the store, when it was last asked."""
         self._silent_until: dict[Atom, float] = {}
         self._turn = 0
+        self._certain = asyncio.Semaphore(CERTAIN_AT_ONCE)
         self._seen: dict[Atom, float] = {}
         """When each member was last in sight."""
         self.store = store
@@ -119,14 +124,16 @@ class StoreReads:
                 return schema.error(schema.storage_failed("no member of the store says whether it can be waited for"))
             await asyncio.sleep(LOOK_AGAIN_S)
         for node in nodes:
-            worker = service.router.worker_on(self.store, node, asyncio.get_running_loop().time())
-            if worker is None:
+            if not await self._catch_up(node):
                 continue
-            try:
-                if await self._catch_up(node):
-                    return await call(service.node, worker.address, request, timeout_s=FENCE_S)
-            except (ErlangException, ErlError):
-                continue
+            async with self._certain:
+                worker = service.router.worker_on(self.store, node, loop.time())
+                if worker is None:
+                    continue
+                try:
+                    return await call(service.node, worker.address, request, timeout_s=REPLY_S)
+                except ErlError:
+                    continue
         return schema.error(schema.storage_failed("no member of the store says that it has everything"))
 
     def page(self, stream: bytes, start: int, count: int, on_page: Callable[[Sequence[Event] | None], None]) -> None:
@@ -208,7 +215,7 @@ class StoreReads:
             if len(khepri) < len(nodes):
                 return None
             # Counting is what costs: not while one of them does not answer.
-            if not all(await asyncio.gather(*(self._has_caught_up(node) for node in nodes))):
+            if not all(await asyncio.gather(*(self._catch_up(node) for node in nodes))):
                 return None
             answers = await asyncio.gather(*(self._indexed_counts(node, streams) for node in nodes))
         else:
@@ -233,12 +240,6 @@ class StoreReads:
         nodes = self._service.router.nodes(self.store)
         self._seen = {node: at for node, at in self._seen.items() if at + SEEN_S > now} | dict.fromkeys(nodes, now)
         return nodes
-
-    async def _has_caught_up(self, node: Atom) -> bool:
-        try:
-            return await self._catch_up(node)
-        except (ErlangException, ErlError):
-            return False
 
     async def _indexed_counts(self, node: Atom, streams: Sequence[bytes] | None) -> Counted | None:
         try:
@@ -265,10 +266,11 @@ class StoreReads:
         return None if counted is None else Counted(counted, 0.0)
 
     async def _catch_up(self, node: Atom) -> bool:
-        """Have a member catch up with its store; whether it has."""
-        arguments: list[Term] = [self.store, round(FENCE_S * 1000)]
-        answer = await erpc_call(self._service.node, node, "khepri", "fence", arguments, timeout_s=FENCE_S)
-        return answer is schema.OK
+        """Have a member catch up with its store; whether it has. Who come together wait for one and the same fence."""
+        caught_up: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        fences = self._service.fences
+        fences.catch_up(self.store, node, lambda has: None if caught_up.done() else caught_up.set_result(has))
+        return await caught_up and fences.has_fence(node)
 
     async def _embedded_counts(self, streams: Sequence[bytes] | None) -> Mapping[bytes, int] | None:
         assert self._service.embedded is not None

@@ -186,6 +186,7 @@ class SavedState:
         self._stops = 0
         self.era = 0
         """How often streams have begun anew here: what was to be saved before is not saved any more."""
+        self._removed = False
         self._anew: dict[bytes, int] = {}
         self._shards: dict[int, dict[bytes, _Place]] = {}
         self._recent: dict[bytes, _Place] = {}
@@ -200,18 +201,13 @@ class SavedState:
     async def load(self) -> dict[bytes, int] | None:
         """The positions that were saved, None if there are none. Raises `Unreadable`; ValueError if the subscription of
         this name has another type or selector."""
-        found = await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
+        found = await self._found()
         if not found:
             return None
         places: dict[bytes, _Place] = {}
         self._shards.clear()
         self._recent = {}
-        for _, _, version, record in found:
-            same = exact_key(record.get(_SELECTOR)) == exact_key(self.selector)
-            if record.get(_TYPE) is not self.kind or not same:
-                raise ValueError(
-                    "a subscription of this name has another type or selector: choose another name, or remove it first"
-                )
+        for version, record in found:
             start = record.get(_START)
             if type(start) is int and start >= 0:
                 self.start = start
@@ -228,6 +224,17 @@ class SavedState:
         self._anew = {stream: anew for stream, (anew, _) in places.items() if anew}
         return {stream: number for stream, (_, number) in places.items()}
 
+    async def _found(self) -> list[tuple[int, Mapping[Term, Term]]]:
+        """Version and record of what is saved of the checkpoint, for certain. Raises as `load` does."""
+        found = await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
+        for _, _, _, record in found:
+            same = exact_key(record.get(_SELECTOR)) == exact_key(self.selector)
+            if record.get(_TYPE) is not self.kind or not same:
+                raise ValueError(
+                    "a subscription of this name has another type or selector: choose another name, or remove it first"
+                )
+        return [(version, record) for _, _, version, record in found]
+
     @property
     def stopped(self) -> bool:
         """Whether a subscriber stopped the subscription; saved with the next positions, be there any or not."""
@@ -240,6 +247,8 @@ class SavedState:
     async def absorb(self) -> bool:
         """Save what other gateways have saved, and delete theirs; whether that is done. Raises `Unreadable`."""
         async with self._lock:
+            if self._removed:
+                return True
             others = [
                 (version, record)
                 for _, _, version, record in await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
@@ -273,7 +282,7 @@ class SavedState:
         """Save these positions with those saved before; whether they are certain to be there. With an `era`: not if
         streams have begun anew since."""
         async with self._lock:
-            if era is not None and era != self.era:
+            if self._removed or (era is not None and era != self.era):
                 return False
             _raise(self._recent, {stream: (self._anew.get(stream, 0), at) for stream, at in positions.items()})
             if len(self._recent) <= MAX_RECENT:
@@ -355,16 +364,24 @@ class SavedState:
             read_bytes += event.size
         return found
 
-    async def remove(self) -> None:
-        """Have everything deleted."""
+    async def remove(self) -> bool:
+        """Have everything deleted, and save nothing any more; whether nothing is left of the checkpoint. Raises as
+        `load` does."""
         async with self._lock:
-            for source, stream, version, _ in await self._snapshots.all(CHECKPOINTS, self.name):
-                self._snapshots.delete(source, stream, version)
-            for stream, version in await self.parked_places():
-                self._snapshots.delete(self._parked_source, stream, version)
-            self._shards.clear()
-            self._recent = {}
-            self._anew = {}
+            loop = asyncio.get_running_loop()
+            until = loop.time() + CONFIRM_S
+            found = await self._found()
+            self._removed = True
+            if found:
+                # Before the checkpoint: while there is one, who could not remove everything tries again.
+                for stream, version in await self.parked_places():
+                    self._snapshots.delete(self._parked_source, stream, version)
+            while found and loop.time() < until:
+                for version, _ in found:
+                    self._snapshots.delete(CHECKPOINTS, self.name, version)
+                await asyncio.sleep(LOOK_AGAIN_S)
+                found = await self._found()
+            return not found
 
 
 def _places(record: Mapping[Term, Term]) -> dict[bytes, _Place]:

@@ -46,6 +46,10 @@ SAVE_AGAIN_S: Final = 1.0
 MIN_TICK_S: Final = 0.001
 """A deadline that is due is met in the next turn of the loop but one, so that others have theirs."""
 
+AT_ONCE: Final = 64
+"""Subscriptions of one store that are registered, or removed, at the same time: some 20 ms. Thousands may begin or end
+together, as when another gateway has gone, and everybody else is not to wait for all of them."""
+
 _BEFORE_ACKS: Final = frozenset({p.Ack, p.Hint, p.Page, p.Counts, p.Index, p.Saved, p.ParkSaved})
 """Inputs that may come before an acknowledgement that has been put off: no event is delivered again because of them."""
 
@@ -89,6 +93,10 @@ class StoreFeed:
         self._joining: tuple[Key, SubscriberId] | None = None
         self._specs: dict[Key, p.Spec] = {}
         """Of the persistent ones: what a subscriber joins again that was out of reach."""
+        self.beginning = asyncio.Semaphore(AT_ONCE)
+        """Held while a subscription is registered."""
+        self.ending = asyncio.Semaphore(AT_ONCE)
+        """Held while one is removed."""
         self._closed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             p.ReadPage: self._read_page,
