@@ -224,6 +224,7 @@ async def run(
             bench = Bench("store node, gater compiled", client, quick)
             await _latencies(bench, table, seconds, beam_echo_ns)
             await _one_subscriber(bench, table, seconds)
+            await _many_subscribers(bench, table, seconds, subscribers)
             await quick.stop()
         large = await stack.enter_async_context(gater_process(connect=cluster.names, **shared))
         await _known(client, large)
