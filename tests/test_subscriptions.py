@@ -218,6 +218,15 @@ def test_two_subscriptions_of_one_selector_both_get_every_event() -> None:
     assert got(driver.effects, "s") == got(driver.effects, "t") == ["a/0", "a/1"]
 
 
+def test_who_comes_after_the_last_one_has_gone_while_it_was_starting_starts_at_once() -> None:
+    driver = Driver(a=1)
+    driver.answers = False
+    (asked,) = [each for each in driver.subscribe("s") if isinstance(each, p.ReadCounts)]
+    driver(p.Remove("s"), p.Counts(asked.token, {b"a": 1}, 0.001))
+    driver.answers = True
+    assert got(driver.subscribe("s")) == ["a/0"]
+
+
 def test_who_stand_at_the_same_place_share_a_read() -> None:
     driver = Driver(a=9, b=9)
     driver.subscribe("first", Spec(schema.BY_STREAM, b"$all", Start.NOW))

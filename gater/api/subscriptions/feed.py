@@ -317,6 +317,9 @@ class Feed:
                 self._next.setdefault(stream, 0)
         if not self._subscriptions:
             self._poll = None
+            # Nobody waits for the count under way, which may have been for those that have gone.
+            self._start_token = 0
+            self._start_at = self._now
             self._wakes.clear()
             self._paused.clear()
             self._doubtful.clear()
