@@ -1205,6 +1205,30 @@ async def test_a_name_that_is_lost_while_the_checkpoint_is_read_is_not_run_here(
     assert me.seen == [(b"s", 0)]
 
 
+async def test_who_subscribes_when_the_name_is_lost_before_it_has_started_goes_where_the_name_is(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, may_count = StoreReads.counts, asyncio.Event()
+
+    async def later(reads: StoreReads, streams: Any) -> Any:
+        await may_count.wait()
+        return await counts(reads, streams)
+
+    monkeypatch.setattr(StoreReads, "counts", later)
+    me = subscriber(house.caller)
+    await house.append(b"s", "a")
+    door = house.system.subscriptions
+    subscribing = asyncio.create_task(house.subscribe(me, BY_STREAM, b"$all", b"p"))
+    await wait_until(lambda: b"p" in door.feed(STORE), "the subscription to be starting")
+    door.lost(door._owned[STORE, b"p"])
+    may_count.set()
+    assert await subscribing == (OK, b"p")
+    await me.has(1)
+    await house.append(b"s", "b")
+    await me.has(2)
+    assert me.seen == [(b"s", 0), (b"s", 1)]
+
+
 async def test_what_was_under_way_is_acknowledged_through_a_gateway_that_drains(tmp_path: Path) -> None:
     async with two_houses(tmp_path) as (cluster, house, other):
         me = subscriber(house.caller)

@@ -643,7 +643,10 @@ class Subscriptions:
             self._unregister(owned)
             self._forget(owned)
             raise _Refused(refused(str(problem_found))) from None
-        except BaseException:
+        except BaseException as problem_found:
+            if isinstance(problem_found, _Refused) and self._owned.get((store, name)) is not owned:
+                # Another gateway has got the name before it had started (`lost`).
+                return False
             feed.remove(name)
             self._unregister(owned)
             self._forget(owned)
