@@ -38,6 +38,9 @@ can say how far it has come, or that its store does not answer, before it is its
 LEAST_ATTEMPT_S: Final = 0.5
 """What is left of a batch is not gone on with if there is less time: it would not be much, and hardly be known."""
 
+LEAST_LEFT_S: Final = 0.005
+"""An append whose turn comes with less time left is not begun: no store answers that fast."""
+
 PAUSE_S: Final = 0.1
 """Before the only node left is asked again."""
 
@@ -78,8 +81,6 @@ class Appends:
 
     def submit(self, request: Request, events: Term, on_reply: OnReply, timeout_s: float) -> None:
         """Carry out an append; `events` are its events as they are to be sent (encoded or not)."""
-        assert request.store is not None
-        assert request.stream is not None
         call = _AppendCall(self, request, events, on_reply, timeout_s)
         queue = self._queues.get(call.key)
         if queue is None:
@@ -230,6 +231,8 @@ class _AppendCall:
         "_records",
         "_request",
         "_service",
+        "_store",
+        "_stream",
         "_task",
         "_timer",
         "_writing_on",
@@ -246,7 +249,11 @@ class _AppendCall:
         self._on_reply: OnReply | None = on_reply
         self.beginning = False
         """Whether `begin` is running: what ends now ends before it has really begun."""
-        self.key = (request.store or Atom("undefined"), request.stream or b"")
+        assert request.store is not None
+        assert request.stream is not None
+        self._store = request.store
+        self._stream = request.stream
+        self.key = (request.store, request.stream)
         self._plan: Append
         self._avoid: set[Atom] = set()
         self._all_tried = False
@@ -276,14 +283,6 @@ class _AppendCall:
         """Whether the caller has had its reply."""
         return self._on_reply is None
 
-    @property
-    def _store(self) -> Atom:
-        return self.key[0]
-
-    @property
-    def _stream(self) -> bytes:
-        return self.key[1]
-
     def begin(self) -> None:
         """It is this append's turn."""
         self.beginning = True
@@ -293,6 +292,9 @@ class _AppendCall:
             self.beginning = False
 
     def _begin(self) -> None:
+        if self._deadline - self._loop.time() < LEAST_LEFT_S:
+            # `_out_of_time` comes next, and nothing has been sent of which nobody could know what became of it.
+            return
         remembered = self._appends.remembered(self.key)
         if remembered is not None:
             self._plan.saw(remembered.version)
@@ -315,9 +317,9 @@ class _AppendCall:
         if refusal is not None:
             self._finish(Done(schema.error(refusal)))
             return
-        remembered = self._appends.latest(self.key)
-        if self._is_guarded or (remembered is not None and remembered.owner is self._node):
-            self.take(self._plan.begin(guarded=self._is_guarded))
+        remembered, is_guarded = self._appends.latest(self.key), self._is_guarded
+        if is_guarded or (remembered is not None and remembered.owner is self._node):
+            self.take(self._plan.begin(guarded=is_guarded))
         else:
             # A worker's check looks at its own node only: a new owner has to have everything first.
             self._run(self._catch_up_and_begin())
@@ -340,8 +342,12 @@ class _AppendCall:
         return self._choose_node() and self._node is not before and not self._all_tried
 
     @property
+    def _forms(self) -> guarded.Forms | None:
+        return None if self._node is None else self._service.guarded_form(self._node)
+
+    @property
     def _is_guarded(self) -> bool:
-        return self._node is not None and self._service.guarded_form(self._node) is not None
+        return self._forms is not None
 
     # Steps
 
@@ -352,8 +358,8 @@ class _AppendCall:
                 self._finish(step)
             case Write(first, again, True):
                 self._loop.call_later(PAUSE_S, self.resume, Write(first, again))
-            case Write() if self._is_guarded:
-                self._write_guarded(step)
+            case Write() if (forms := self._forms) is not None:
+                self._write_guarded(step, forms)
             case Write(first, False):
                 self._write_by_worker(first)
             case Write(first, True) | Resolve(first):
@@ -365,7 +371,7 @@ class _AppendCall:
         remaining = self._deadline - self._loop.time()
         return max(0.0, min(remaining, ATTEMPT_S + ATTEMPT_PER_EVENT_S * len(self._request.term[-1])))
 
-    def _write_guarded(self, step: Write) -> None:
+    def _write_guarded(self, step: Write, forms: guarded.Forms) -> None:
         node = self._node
         assert node is not None
         if not self._appends.may_write(node, self, step):
@@ -376,7 +382,7 @@ class _AppendCall:
         timeout_ms = max(1, round(attempt_s * PUT_SHARE * 1000))
         if step.again or self._wrote_in_vain:
             mfa = guarded.call(
-                self._forms(),
+                forms,
                 self._store,
                 self._stream,
                 self._events,
@@ -386,7 +392,7 @@ class _AppendCall:
             )
         else:
             mfa = guarded.first_call(
-                self._forms(),
+                forms,
                 self._store,
                 self._stream,
                 self._events,
@@ -397,18 +403,14 @@ class _AppendCall:
             )
         self._evaluate(mfa, attempt_s)
 
-    def _forms(self) -> guarded.Forms:
-        assert self._node is not None
-        forms = self._service.guarded_form(self._node)
-        assert forms is not None
-        return forms
-
     def _write_rest(self, number: int, mine: Sequence[Term]) -> None:
         """Go on from `number`, with the whole expression; everything before it is stored."""
         events = self._events if number == self._first else self._request.term[-1][number - self._first :]
         attempt_s = self._attempt_s()
+        forms = self._forms
+        assert forms is not None
         mfa = guarded.call(
-            self._forms(),
+            forms,
             self._store,
             self._stream,
             events,

@@ -150,6 +150,9 @@ Records are binaries of `term_to_binary`: whoever passes them on need not decode
 which `SOURCE` has to say why, from a failure, of which nobody knows whether it has been written.
 """
 
+MAX_INTEGER: Final = 2**31 - 1
+"""The largest number that INTEGER_EXT holds."""
+
 SMALL_BYTES: Final = 4096
 """The record of an event up to this size is answered even if nobody wants it: not to do so takes longer."""
 
@@ -176,6 +179,7 @@ _KHEPRI: Final = Atom("khepri")
 
 _EVENTS: Final = Atom("Events")
 _pack_count: Final = struct.Struct(">I").pack
+_pack_integer: Final = struct.Struct(">Bi").pack
 _LIST_OF_THREE: Final = b"l\0\0\0\3"
 _NUMBER, _LAST, _OPTIONS, _PATH, _PLACES, _STORE, _STREAM, _WANTED = (
     b"h\2" + Atom(name).etf for name in ("Number", "Last", "Options", "Path", "Places", "Store", "Stream", "Wanted")
@@ -254,7 +258,7 @@ def first_call(
     The bindings behind the events are the same few terms around two names and a number for each append: they are put
     together as bytes. To Erlang a list whose tail is a list is one list.
     """
-    stream_term = encode_term(stream)
+    stream_term = b"m%b%b" % (_pack_count(len(stream)), stream)
     options = _TIMEOUT_OF + _integer(timeout_ms)
     names: tuple[bytes, ...]
     around = (_STORE, store.etf, _STREAM, stream_term)
@@ -283,7 +287,9 @@ def _path(stream: bytes, number: int) -> bytes:
 
 
 def _integer(number: int) -> bytes:
-    return b"a%c" % number if number < 256 else encode_term(number)
+    if 0 <= number < 256:
+        return b"a%c" % number
+    return _pack_integer(98, number) if 0 <= number <= MAX_INTEGER else encode_term(number)
 
 
 def call(

@@ -154,6 +154,10 @@ class Router:
         """The stores that have a worker now."""
         return [store for store, nodes in self._stores.items() if nodes and store is not None]
 
+    def serves(self, store: Atom) -> bool:
+        """Whether the store has a worker now."""
+        return bool(self._stores.get(store))
+
     def is_known(self, store: Atom | None) -> bool:
         """Whether a worker of this store has ever been seen, or there is one that serves every store."""
         return store in self._stores or self.serves_all

@@ -198,7 +198,9 @@ class Service:
         if not refreshed and (request.store, request.stream) in self._unsettled:
             # Others of the stream came before it.
             self._append_refreshed(request, term, on_reply, deadline, left_s)
-        elif request.store in self.router.stores or (refreshed and not self.router.serves_all):
+        elif (request.store is not None and self.router.serves(request.store)) or (
+            refreshed and not self.router.serves_all
+        ):
             self._appends.submit(request, events_to_send(request.term, term), on_reply, left_s)
         elif self.router.serves_all:
             WorkerCall(self, request, term, self._telling(request, on_reply), left_s).begin()
