@@ -9,9 +9,10 @@ from node_kit import COOKIE, Collector, Counter, running, two_nodes, unique_name
 from test_node import RawPeer
 
 from gater.erl import Node, NodeOptions
-from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES, READ_AT_ONCE_BYTES
+from gater.erl.connection import BUSY_BYTES, MAX_QUEUED_BYTES, MAX_READY_BYTES, READ_AT_ONCE_BYTES
 from gater.erl.dist_header import FRAGMENT_BYTES
 from gater.erl.errors import CallTimeout, ErlangError
+from gater.erl.etf import encode_term
 from gater.erl.gen_server import call, start_server
 from gater.erl.handshake import OUR_FLAGS, Completed, Handshake, LocalIdentity, Send
 from gater.erl.process import DOWN, PROCESS
@@ -53,6 +54,22 @@ async def test_a_message_in_fragments_arrives_whole() -> None:
             body = bytes(range(256)) * (size // 256 + 1)
             one.send(target.process.pid, (Atom("body"), body[:size], {Atom("key"): size}))
             assert await target.next() == (Atom("body"), body[:size], {Atom("key"): size})
+
+
+@pytest.mark.parametrize("headers", [True, False])
+async def test_a_message_that_is_encoded_already_goes_to_many_as_it_is(headers: bool) -> None:
+    async with two_nodes(NodeOptions(headers=headers)) as (one, two):
+        await connected(one, two)
+        targets = [Collector(two) for _ in range(3)]
+        for size in (0, 1, MAX_READY_BYTES - 100, MAX_READY_BYTES + 1, FRAGMENT_BYTES, 3 * FRAGMENT_BYTES):
+            body = (Atom("events"), [{Atom("key"): bytes(size)}])
+            ready = EncodedTerm(encode_term(body))
+            for target in targets:
+                one.send(target.process.pid, ready)
+                one.send(target.process.pid, SMALL)
+            for target in targets:
+                # In the order in which they were sent, whatever way they went.
+                assert [await target.next(), await target.next()] == [body, SMALL]
 
 
 async def test_small_messages_of_others_pass_a_large_one() -> None:
