@@ -26,6 +26,7 @@ from gateway_kit import (
 )
 from node_kit import COOKIE, wait_until
 from structlog.testing import capture_logs
+from test_backlog import unread_peer
 
 from gater import Gateway, RequestFailed, StoreNotFound
 from gater.api import schema
@@ -37,6 +38,7 @@ from gater.api.subscriptions.protocol import Hint, Input
 from gater.api.subscriptions.reads import StoreReads
 from gater.api.subscriptions.saved import SavedState
 from gater.erl import NodeOptions
+from gater.erl.connection import BUSY_BYTES
 from gater.erl.gen_server import Caller, cast
 from gater.erl.node import Node
 from gater.erl.process import CallbackReceiver, Process
@@ -117,6 +119,26 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     async with open_house(tmp_path) as opened:
         yield opened
+
+
+async def test_a_node_that_reads_nothing_is_sent_so_much_ahead_and_no_more(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.shell.AHEAD_BYTES", 2 * BUSY_BYTES)
+    size = 200_000
+    lazy = await unread_peer(house.system.node)
+    me = subscriber(house.caller)
+    for name, pid in (b"lazy", lazy.pid), (b"me", me.pid):
+        options = {Atom("subscriber"): pid, Atom("auto_ack"): True}
+        assert await house.ask("subscribe", STORE, BY_STREAM, b"$all", name, options) == (OK, name)
+    connection = house.system.node.peers.table[lazy.name]
+    most = 0
+    for number in range(40):
+        await house.append(b"s", "large", data=bytes(size))
+        await me.has(number + 1)
+        most = max(most, connection.backlog)
+    assert 2 * BUSY_BYTES < most < 2 * BUSY_BYTES + 2 * size
+    lazy.writer.close()
 
 
 async def test_one_line_of_the_original_gives_what_was_and_what_comes(house: House) -> None:
