@@ -27,6 +27,14 @@ def test_of_a_map_only_the_fields_asked_for_are_read() -> None:
     assert decoder.with_fields(Atom("ack"), KEYS) is Atom("ack")
 
 
+def test_of_an_encoded_tuple_the_last_element_stays_encoded() -> None:
+    decoder = Decoder()
+    assert decoder.opened(encoded((NAME, [1000, 2]))) == (NAME, encoded([1000, 2]))
+    assert decoder.opened(encoded((NAME, NUMBER))) == (NAME, NUMBER)
+    assert decoder.opened(encoded([NAME])) == encoded([NAME])
+    assert decoder.opened((NAME, [])) == (NAME, [])
+
+
 def test_a_map_that_comes_again_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, reads = Decoder(), []
     read_map = etf.read_map

@@ -46,6 +46,12 @@ class Decoder:
     def __call__(self, term: Term) -> Term:
         return decoded(term, self._known())
 
+    def opened(self, term: Term) -> Term:
+        """A tuple that is encoded as a whole, decoded but for a container at its end; anything else as it is."""
+        if type(term) is not EncodedTerm:
+            return term
+        return etf.decode_spine(term.buffer, term.start, 1, self._known(), term.atoms)
+
     def with_fields(self, term: Term, keys: Collection[Term]) -> Term:
         """As calling it, but of a map at the end only the values of these keys (`etf.read_map`). The same map comes
         often: an event that went to many subscribers is acknowledged by each."""

@@ -143,6 +143,7 @@ class StoreReads:
 
     def _events(self, reply: Term) -> list[Event] | None:
         """The events of a page. They stay as they came: most are passed on to subscribers so."""
+        reply = self._decoded.opened(reply)
         match reply:
             case (kind, EncodedTerm() as records) if kind is schema.OK:
                 found = self._decoded.maps(records, schema.EVENT_FIELDS)
