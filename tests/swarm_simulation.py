@@ -19,6 +19,7 @@ from gater.swarm.events import (
     Demonitor,
     DemonitorTracker,
     Die,
+    Kept,
     Kill,
     Monitor,
     MonitorTracker,
@@ -243,7 +244,7 @@ class World:
                     self.give(node.name, NodeUp(other, True, not self.nodes[other].original))
                 case Changed(_, old, _) if names_taken and old is not None:
                     self.unregistered.add(old.pid)
-                case Changed() | Note():
+                case Changed() | Kept() | Note():
                     pass
                 case _:
                     raise AssertionError(effect)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from gater.erl import NodeOptions
 from gater.erl.connection import BUSY_BYTES
 from gater.erl.gen_server import Caller, cast
 from gater.erl.node import Node
+from gater.erl.peers import Peers
 from gater.erl.process import CallbackReceiver, Process
 from gater.erl.terms import Atom, Pid, Term
 from gater.pubsub.messages import Broadcast
@@ -1164,6 +1165,64 @@ async def test_the_subscriptions_of_a_gateway_that_does_not_answer_are_taken_ove
         # A node without subscriptions is left alone.
         other.system.subscriptions.suspect(house.caller.name)
         assert house.caller.name in other.system.node.nodes()
+
+
+@contextmanager
+def cut_off(one: Node, other: Node) -> Iterator[None]:
+    """The two lose each other, and find each other no more until this is over."""
+    attempt = Peers._attempt
+
+    async def refused(peers: Peers, connection: Any) -> None:
+        if {peers._node.name, connection.peer} == {one.name, other.name}:
+            peers.connection_lost(connection, "cut off")
+        else:
+            await attempt(peers, connection)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Peers, "_attempt", refused)
+        one.disconnect(other.name)
+        yield
+
+
+async def test_who_keeps_a_name_that_another_gateway_had_too_knows_what_was_acknowledged_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gater.api.subscriptions.door.TOGETHER_S", 0.0)
+    # Of two the one with the lesser name keeps it.
+    async with two_houses(tmp_path) as (_, loses, keeps):
+        me = subscriber(keeps.caller)
+        assert (await keeps.subscribe(me, BY_STREAM, b"$all", b"p"))[0] is OK
+        with cut_off(loses.system.node, keeps.system.node):
+            await wait_until(lambda: (STORE, b"p") in loses.system.subscriptions._owned, "it to be taken over")
+            await keeps.append(b"s", "a", "b")
+
+            async def has_sent(house: House) -> bool:
+                ok, status = await house.ask("subscription_status", STORE, b"p")
+                return ok is OK and status[Atom("in_flight")] == 2
+
+            for house in (loses, keeps):
+                await wait_until(lambda house=house: has_sent(house), "both to have sent the events")
+            for event in me.events[:2]:
+                assert await loses.ask("ack_event", STORE, b"p", me.pid, event) is OK
+
+            async def saved() -> bool:
+                _, status = await loses.ask("subscription_status", STORE, b"p")
+                return (status[Atom("in_flight")], status[Atom("unsaved_streams")]) == (0, 0)
+
+            await wait_until(saved, "the checkpoint")
+            seen = sorted(me.seen)
+
+        async def settled() -> bool:
+            owners = [each for each in (loses, keeps) if (STORE, b"p") in each.system.subscriptions._owned]
+            statuses = [await each.ask("subscription_status", STORE, b"p") for each in (loses, keeps)]
+            return len(owners) == 1 and all(
+                kind is OK and (status[_SUBSCRIBERS], status[Atom("in_flight")]) == (1, 0) for kind, status in statuses
+            )
+
+        await wait_until(settled, "one of them to have the subscription, and nothing to wait for")
+        await keeps.append(b"s", "c")
+        await me.has(len(seen) + 1)
+        assert me.seen[len(seen) :] == [(b"s", 2)]
 
 
 _SUBSCRIBERS = Atom("subscribers")

@@ -17,6 +17,7 @@ from gater.swarm.events import (
     Changed,
     Demonitor,
     Die,
+    Kept,
     Monitor,
     NodeDown,
     NodeUp,
@@ -772,6 +773,7 @@ def test_the_one_that_keeps_the_name_says_nothing_and_the_other_waits_behind():
     bench.told(z, Track(b"n", pid(z, 5), {}))
     assert bench.names() == {b"n": pid(ME, 9)}
     assert bench.sent() == []
+    assert bench.of(Kept) == [Kept(b"n", pid(ME, 9))]
     assert [each.pid for each in bench.tracker.contested] == [pid(z, 5)]
     bench.give(ProcessDown(pid(ME, 9)))
     assert bench.names() == {b"n": pid(z, 5)}

@@ -183,6 +183,14 @@ class Die:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A process of ours keeps its name, which another one of our trackers has had registered too."""
+
+    name: Term
+    pid: Pid
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """`exit(Pid, kill)`: a process that was started for a name which somebody else has got meanwhile."""
 
@@ -265,6 +273,7 @@ Effect: TypeAlias = (
     | SetTimer
     | Changed
     | Die
+    | Kept
     | Kill
     | BeginHandoff
     | EndHandoff

@@ -48,6 +48,7 @@ from gater.swarm.events import (
     EndHandoff,
     Event,
     Failed,
+    Kept,
     Kill,
     Monitor,
     MonitorTracker,
@@ -103,6 +104,7 @@ _GEN_CAST: Final = Atom("$gen_cast")
 
 OnReply: TypeAlias = Callable[[Term], None]
 OnChange: TypeAlias = Callable[[Term, Entry | None, Entry | None], None]
+OnKept: TypeAlias = Callable[[Term, Pid], None]
 
 log = structlog.get_logger(__name__)
 
@@ -110,15 +112,22 @@ log = structlog.get_logger(__name__)
 class TrackerPeer(GenServer):
     """The tracker's process. Start it with `start_server(node, peer, name=TRACKER)`.
 
-    `on_change(name, old, new)` is told whenever what everybody sees under a name has changed.
+    `on_change(name, old, new)` is told whenever what everybody sees under a name has changed, `on_kept(name, pid)` when
+    a process of ours keeps a name that another gater has had registered too.
     """
 
     # {'$gen_cast', {sync_recv, Pid, Clock, Registry}}: the registry stays encoded until it is merged.
     spine_levels = 2
 
-    def __init__(self, options: TrackerOptions | None = None, on_change: OnChange | None = None) -> None:
+    def __init__(
+        self,
+        options: TrackerOptions | None = None,
+        on_change: OnChange | None = None,
+        on_kept: OnKept = lambda name, pid: None,
+    ) -> None:
         self._options = options
         self._on_change = on_change
+        self._on_kept = on_kept
         self.tracker: Tracker
         self._asking: dict[Atom, PendingRpc | asyncio.TimerHandle] = {}
         self._asked_in_vain: Counter[Atom] = Counter()
@@ -147,6 +156,7 @@ class TrackerPeer(GenServer):
             SetTimer: self._set_timer,
             Changed: self._changed,
             Die: lambda effect: self._tell(effect.pid, (SWARM, _DIE)),
+            Kept: lambda effect: self._on_kept(effect.name, effect.pid),
             Kill: lambda effect: self.node.exit(effect.pid, KILL, self.pid),
             BeginHandoff: self._begin_handoff,
             EndHandoff: lambda effect: cast(self.node, effect.pid, (SWARM, _END_HANDOFF, effect.state), self.pid),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import structlog
 
@@ -25,7 +25,7 @@ from gater.erl.process import NOPROC, Process, described
 from gater.erl.terms import Atom, Pid, Term
 from gater.swarm import functions, messages
 from gater.swarm.messages import MFA, TRACKER, AddMeta, RemoveMeta, Request, StartAndTrack, Track, UntrackName, Whereis
-from gater.swarm.peer import OnChange, TrackerPeer
+from gater.swarm.peer import OnChange, OnKept, TrackerPeer
 from gater.swarm.registry import NO_META, Entry, Meta, Registry, name_key
 from gater.swarm.tracker import TrackerOptions
 
@@ -33,6 +33,7 @@ SWARM_VERSION: Final = "3.4.0"
 """The version of Swarm whose protocol is spoken."""
 
 Owner: TypeAlias = Pid | Process | GenServer
+Watcher = TypeVar("Watcher")
 
 log = structlog.get_logger(__name__)
 
@@ -68,12 +69,13 @@ class Swarm:
         self._by_name: dict[Term, list[OnChange]] = {}
         self._by_first: dict[Term, list[OnChange]] = {}
         self._all: list[OnChange] = []
+        self._kept: list[OnKept] = []
         functions.export(node.exports, self)
 
     async def start(self) -> GenServer:
         """Start the tracker's process. From then on `application:which_applications()` lists `swarm`."""
         before = self._registry
-        peer = TrackerPeer(self._options, self._changed)
+        peer = TrackerPeer(self._options, self._changed, self._keeps)
         await start_server(self.node, peer, name=TRACKER)
         self._peer = peer
         self._registry = peer.tracker.registry
@@ -236,6 +238,18 @@ class Swarm:
         """As `watch`, of the names that are tuples with this first element."""
         return _added(self._by_first.setdefault(name_key(first), []), callback)
 
+    def watch_kept(self, callback: OnKept) -> Callable[[], None]:
+        """Call `callback(name, pid)` when a process of this node keeps its name which another gater, that was cut off
+        from this one or has been as quick, has given to a process of its own too; the function returned ends that."""
+        return _added(self._kept, callback)
+
+    def _keeps(self, name: Term, pid: Pid) -> None:
+        for watcher in list(self._kept):
+            try:
+                watcher(name, pid)
+            except Exception as error:
+                log.error("swarm_watcher_failed", error=described(error))
+
     def _changed(self, name: Term, old: Entry | None, new: Entry | None) -> None:
         if self._by_first and type(name) is tuple and len(name) > 1:
             watchers = self._by_first.get(name_key(name[0]))
@@ -281,7 +295,7 @@ def _ignore(reply: Term) -> None:
     return None
 
 
-def _added(watchers: list[OnChange], callback: OnChange) -> Callable[[], None]:
+def _added(watchers: list[Watcher], callback: Watcher) -> Callable[[], None]:
     watchers.append(callback)
 
     def end() -> None:

@@ -79,6 +79,7 @@ from gater.swarm.events import (
     Effect,
     Event,
     Failed,
+    Kept,
     Monitor,
     MonitorTracker,
     NodeDown,
@@ -1193,6 +1194,8 @@ class Tracker:
             self.take_back([ours])
             self._emit(Die(ours.pid))
             return
+        if any(self._is_gater(entry.pid.node) and not self._is_rumour(entry) for entry in claims[1:]):
+            self._emit(Kept(name, ours.pid))
         rivals = [entry for entry in claims[1:] if self._is_original(entry.pid.node) and not self._is_rumour(entry)]
         if rivals:
             clock = ours.clock

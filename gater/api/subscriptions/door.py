@@ -84,6 +84,10 @@ TRY_AGAIN_S: Final = 0.1
 MAX_SUBSCRIBERS: Final = 1_000
 """Who share one subscription: each is watched, and all stand together in Swarm's registry."""
 
+TOGETHER_S: Final = 2.0
+"""Who has had a name for less than this when it turns out that another gateway had it too has read what that one could
+save: both have got it a moment ago, or that one has had it before."""
+
 BEAT_S: Final = 0.5
 """How often a gateway looks at the clock to find that it has been away."""
 
@@ -177,6 +181,8 @@ class _Owned:
     options: Term
     ready: asyncio.Future[None]
     server: Owner | None = None
+    since: float = float("inf")
+    """When it has got its name."""
     told: list[Pid] = field(default_factory=list)
     """The subscribers that the registry knows."""
     listen_no_more: Callable[[], None] = lambda: None
@@ -215,6 +221,7 @@ class Subscriptions:
             self._unsubscribe.append(pubsub[events_server].subscribe(APPENDED_TOPIC, self._heard))
         self._service.subscriptions = self
         if self._swarm is not None:
+            self._unsubscribe.append(self._swarm.watch_kept(self._name_kept))
             self._end_watch = self._swarm.watch_starting_with(SUBSCRIPTION, self._name_changed)
         self._look_at_clock(asyncio.get_running_loop().time())
 
@@ -724,6 +731,7 @@ class Subscriptions:
         )
         reply = await answered
         if reply[0] is schema.OK:
+            owned.since = asyncio.get_running_loop().time()
             return True
         other = registered_elsewhere(reply[1])
         if other is None:
@@ -862,6 +870,17 @@ class Subscriptions:
                     self._moving[owned.store, owned.name] += 1
                     self._spawn(self._own_again(owned))
         self._beat = loop.call_later(BEAT_S, self._look_at_clock, now)
+
+    def _name_kept(self, name: Term, pid: Pid) -> None:
+        if self._stopping or type(name) is not tuple or len(name) != 3 or name[0] is not SUBSCRIPTION:
+            return
+        owned = self._owned.get((name[1], name[2]))
+        if owned is None or owned.server is None or owned.server.pid != pid or not owned.ready.done():
+            return
+        if asyncio.get_running_loop().time() - owned.since >= TOGETHER_S:
+            log.warning("subscription_had_two_owners", store=str(owned.store), subscription=owned.name.decode())
+            self._moving[owned.store, owned.name] += 1
+            self._spawn(self._own_again(owned))
 
     async def _own_again(self, owned: _Owned) -> None:
         """Another gateway may have taken it over, and be ahead of what is known here."""
