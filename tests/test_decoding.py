@@ -35,6 +35,7 @@ def test_of_an_encoded_tuple_the_last_element_stays_encoded() -> None:
     assert decoder.opened((NAME, [])) == (NAME, [])
 
 
+@pytest.mark.changes_source
 def test_a_map_that_comes_again_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, reads = Decoder(), []
     read_map = etf.read_map
