@@ -245,6 +245,67 @@ async def test_parked_events_are_listed_replayed_and_dropped(gate: Gate) -> None
     assert await parked() == []
 
 
+SNAPSHOTS = """
+any = {:if_node_exists, true}
+stored = fn ->
+  {:ok, found} = :khepri.get_many(:reg_gh, [:snapshots, any, any, any])
+  for {path, record} <- Enum.sort(found), do: {path, :erlang.term_to_binary(record, [:deterministic])}
+end
+by_cast = fn -> for {{:snapshots_writer, _, _, _} = name, _} <- Swarm.registered(), do: name end
+found = stored.()
+before = by_cast.()
+{_, worker} = Enum.find(Swarm.registered(), &match?({{:gateway_worker, _, node, _}, _} when node == node(), &1))
+for {[:snapshots, source, stream, version], record} <- found do
+  version = String.to_integer(version)
+  record = :erlang.binary_to_term(record)
+  GenServer.cast(worker, {:record_snapshot, :reg_gh, source, stream, version, record})
+  {:ok, ^record} = GenServer.call(worker, {:read_snapshot, :reg_gh, source, stream, version})
+end
+{for({path, _} <- found, do: Enum.take(path, 3)), before, stored.() == found, length(by_cast.())}
+"""
+"""The snapshots there are, by whom they were written, and whether casts to ExESDB's own worker store the same."""
+
+
+async def test_snapshots_are_written_by_khepri_and_are_those_that_casts_would_have_stored(beam: Beams) -> None:
+    elixir = await beam.start("elixir")
+    options: dict[str, Any] = {"cookie": elixir.cookie, "epmd_port": await beam.epmd_port()}
+    async with (
+        standin_cluster(beam, 3, stores=[STORE.name]) as cluster,
+        gater_process(connect=cluster.names, **options) as gater,
+    ):
+        gate = await ready(Gate([gater], elixir, cluster))
+        me = await gate.process()
+        await gate.append(b"s", 2)
+        subscriber = {Atom("subscriber"): me}
+        subscribed = await gate.api("subscribe", STORE, Atom("by_stream"), b"$s", b"p", subscriber)
+        assert subscribed == (Atom("ok"), b"p")
+        await gate.has(me, 2)
+        for number in range(2):
+            place = {Atom("event_stream_id"): b"s", Atom("event_number"): number}
+            assert await gate.api("nack_event", STORE, b"p", me, place, Atom("park")) is Atom("ok")
+
+        async def saved() -> bool:
+            _, records = await cluster.call((Atom("list_snapshots"), STORE, b"gater.checkpoint", b"p"))
+            return [record[Atom("positions")] for record in records.values()] == [{b"s": 2}]
+
+        await wait_until(saved)
+        paths, written_by_cast, same, casts = await cluster.members[0].eval(SNAPSHOTS)
+        sources = [source for _, source, _ in paths]
+        assert sources == [b"gater.checkpoint", b"gater.parked.p", b"gater.parked.p"]
+        assert written_by_cast == []
+        assert same is True
+        assert casts == 2
+        # Deleted by Khepri as well.
+        assert await gate.api("drop_parked", STORE, b"p") == (Atom("ok"), 2)
+        assert await gate.api("remove_subscription", STORE, Atom("by_stream"), b"$s", b"p") is Atom("ok")
+
+        async def gone() -> bool:
+            _, records = await cluster.call((Atom("list_snapshots"), STORE, Atom("any"), Atom("any")))
+            return not records
+
+        await wait_until(gone)
+
+
 async def test_a_process_that_never_reads_holds_up_nobody_and_gets_no_more_than_its_window(gate: Gate) -> None:
     lazy = await gate.elixir.eval("spawn(fn -> Process.sleep(:infinity) end)")
     busy = await gate.process(b"busy", ack=gate.gaters[0])

@@ -154,6 +154,13 @@ class Held:
         self.calls.clear()
 
 
+def _place(path: list[Term]) -> tuple[bytes, bytes, int]:
+    """Source, stream and version of the snapshot of this path."""
+    snapshots, source, stream, version = path
+    assert (snapshots, version) == (Atom("snapshots"), b"%010d" % int(version))
+    return (source, stream, int(version))
+
+
 class StoreNode:
     """One node of a `Cluster`."""
 
@@ -184,8 +191,9 @@ class StoreNode:
         """What a gateway needs for guarded appends: an evaluator, which knows one expression."""
         exports = self.node.exports
         exports.add("Elixir.ExESDB.StreamsHelper", "to_event_record", lambda *_: None, arities=[5])
-        for function, arity in (("put", 4), ("get", 2)):
-            exports.add("khepri", function, lambda *_: None, arities=[arity])
+        exports.add("khepri", "get", lambda *_: None, arities=[2])
+        exports.add("khepri", "put", self._put, arities=[4])
+        exports.add("khepri", "delete", self._delete, arities=[3])
         exports.add("khepri", "fence", self._fence)
         exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
         exports.add("ra", "key_metrics", self._key_metrics)
@@ -193,6 +201,26 @@ class StoreNode:
         exports.add("erl_scan", "string", lambda text: (schema.OK, [], 1))
         exports.add("erl_parse", "parse_exprs", lambda tokens: (schema.OK, [Atom("guarded_append")]))
         exports.add("erl_eval", "exprs", self._evaluate)
+
+    async def _put(self, store: Atom, path: list[Term], record: Term, options: Term) -> Term:
+        """Of a snapshot."""
+        return await self._write(schema.record_snapshot_cast(store, *_place(path), record))
+
+    async def _delete(self, store: Atom, path: list[Term], options: Term) -> Term:
+        """Of a snapshot."""
+        return await self._write(schema.delete_snapshot_cast(store, *_place(path)))
+
+    async def _write(self, request: Term) -> Term:
+        async def carry_out() -> Term:
+            answer: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
+            checked = schema.check_request(request, cast=True)
+            assert not isinstance(checked, Rejected)
+            self.cluster.stores.submit(checked, answer.set_result)
+            return await answer
+
+        self.cluster.written.append((self.node.name, request))
+        steps = self.cluster.write_steps
+        return await (steps.popleft()(carry_out) if steps else carry_out())
 
     def _fence(self, store: Atom, timeout_ms: int) -> Term:
         self.cluster.fenced.append(self.node.name)
@@ -268,6 +296,10 @@ class Cluster:
         """The node of every guarded append, in order."""
         self.guarded_steps: deque[GuardedStep] = deque()
         """What is done with the next guarded appends instead of carrying them out."""
+        self.written: list[tuple[Atom, Term]] = []
+        """The node of every snapshot that was put or deleted by Khepri, and the cast that does the same, in order."""
+        self.write_steps: deque[GuardedStep] = deque()
+        """What is done with the next of them instead of carrying them out."""
         self.fenced: list[Atom] = []
         """The node of every `khepri:fence/2`, in order, ..."""
         self.fence_answer: Term = schema.OK

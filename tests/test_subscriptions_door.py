@@ -245,7 +245,7 @@ async def test_what_waits_to_be_saved_is_not_saved_once_the_subscription_is_remo
     assert (await house.subscribe(first, BY_STREAM, b"$s", b"p", auto_ack=True))[0] is OK
     await first.has(2)
     feed = house.system.subscriptions.feed(STORE)
-    await wait_until(lambda: any("_save." in str(task.get_coro()) for task in feed._tasks), "a checkpoint that waits")
+    await wait_until(lambda: bool(feed._saves), "a checkpoint that waits")
     assert await house.ask("remove_subscription", STORE, BY_STREAM, b"$s", b"p") is OK
     await wait_until(lambda: b"p" not in feed, "the subscription to be gone")
     await feed.settled()
@@ -1252,7 +1252,7 @@ async def test_who_subscribes_while_a_subscription_is_being_given_up_goes_on_fro
     assert await house.ask("ack_event", STORE, b"p", me.pid, me.events[0]) is OK
     door = house.system.subscriptions
     feed = door.feed(STORE)
-    async with feed.saved[b"p"]._lock:
+    async with feed.saved[b"p"]._turns:
         door._look_at_clock(asyncio.get_running_loop().time() - 10)
         await wait_until(lambda: b"p" not in feed, "the subscription to be waiting for its last checkpoint")
         subscribing = asyncio.create_task(house.subscribe(second, BY_STREAM, b"$all", b"p"))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from node_kit import DEADLINE_S
 
 from gater.api import schema
 from gater.api.subscriptions import saved as saved_module
-from gater.api.subscriptions.saved import SavedState
+from gater.api.subscriptions.saved import SavedState, Turns
 from gater.erl.terms import Atom
 
 STREAMS = [b"s%d" % number for number in range(6)]
@@ -28,14 +29,20 @@ class Snapshots:
         self.random = rng
         self.kept: dict[int, Mapping[Any, Any]] = {}
         self.fails = 0.2
+        self.writes: list[asyncio.Future[None]] = []
 
-    async def write(self, source: str, stream: bytes, version: int, record: dict[Any, Any]) -> bool:
-        await self.pause()
-        done = self.random.random() >= self.fails
-        if done or self.random.random() < 0.5:
-            self.kept[version] = record
-        await self.pause()
-        return done
+    def write(
+        self, source: str, stream: bytes, version: int, record: dict[Any, Any], on_done: Callable[[bool], None]
+    ) -> None:
+        async def write() -> None:
+            await self.pause()
+            done = self.random.random() >= self.fails
+            if done or self.random.random() < 0.5:
+                self.kept[version] = record
+            await self.pause()
+            on_done(done)
+
+        self.writes.append(asyncio.ensure_future(write()))
 
     async def all(self, source: str, stream: bytes, *, certain: bool) -> list[tuple[bytes, bytes, int, Any]]:
         await self.pause()
@@ -123,3 +130,33 @@ async def test_what_is_to_be_saved_while_all_is_removed_is_not_saved() -> None:
     two.has_others = True
     assert await asyncio.gather(two.remove(), two.save({b"s": 3}), two.absorb()) == [True, False, True]
     assert snapshots.kept == {}
+
+
+async def test_turns_are_taken_in_order_and_those_nobody_waits_for_are_left_out() -> None:
+    turns, order = Turns(), list[str]()
+
+    async def take(name: str) -> None:
+        async with turns:
+            order.append(name)
+            await asyncio.sleep(0)
+
+    turns.take(lambda: order.append("first"))
+    left_out = asyncio.ensure_future(take("left out"))
+    await asyncio.sleep(0)
+    turns.take(lambda: order.append("second"))
+    cancelled, third = asyncio.ensure_future(take("cancelled")), asyncio.ensure_future(take("third"))
+    await asyncio.sleep(0)
+    turns.take(lambda: order.append("fourth"))
+    left_out.cancel()
+    await asyncio.wait([left_out])
+    turns.give_back()
+    assert order == ["first", "second"]
+    turns.give_back()
+    # It has its turn and does not know yet.
+    cancelled.cancel()
+    await asyncio.wait_for(third, DEADLINE_S)
+    assert cancelled.cancelled()
+    assert order == ["first", "second", "third", "fourth"]
+    turns.give_back()
+    await take("last")
+    assert order[-1] == "last"

@@ -38,7 +38,6 @@ from gater.api.subscriptions.saved import (
     MAX_PARKED_READ,
     ParkedPlace,
     SavedState,
-    Snapshots,
     Unreadable,
     parked_place,
     parked_term,
@@ -1006,8 +1005,7 @@ class Subscriptions:
         return reply
 
     def _state(self, store: Atom, name: bytes, kind: Atom = schema.ANY, selector: Term = None) -> SavedState:
-        snapshots = Snapshots(self._service, self.feed(store).reads)
-        return SavedState(snapshots, name, kind, selector, writer=self._service.node.name)
+        return SavedState(self.feed(store).snapshots, name, kind, selector, writer=self._service.node.name)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -9,8 +9,12 @@ All of it are snapshots, which every ExESDB store has, under sources of gater's 
         %{event, reason, attempts, write}
 
 A checkpoint is spread over `SHARDS` snapshots by its streams, so that a subscription of very many streams writes little
-at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write. A store
-acknowledges no snapshot: what was written is read back, `write` tells it from an earlier one.
+at a time. What has changed lately stands in one more of them, `RECENT`, so that most saves are a single write. Where a
+store offers Khepri that says when a snapshot is stored (`writes.py`). ExESDB itself acknowledges none: there what was
+written is read back, `write` tells it from an earlier one.
+
+One snapshot is written at a time. A write that has not been answered in time may arrive all the same, after later ones:
+then the checkpoint goes back to it until that snapshot is written again, so that some events come again after a crash.
 
 Two gateways may take a subscription for theirs for a while (one was frozen, or cut off from the other). So that neither
 undoes what the other has saved, each has snapshots of its own, by its `WRITER` number. Of all of them the higher number
@@ -23,8 +27,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
+from itertools import count
 from typing import Final, TypeAlias
 from zlib import crc32
 
@@ -33,6 +39,7 @@ from gater.api.schema import Rejected, check_request
 from gater.api.service import Service
 from gater.api.subscriptions.protocol import Event, event_of
 from gater.api.subscriptions.reads import StoreReads
+from gater.api.subscriptions.writes import Writes
 from gater.erl.terms import Atom, Term, exact_key
 
 CHECKPOINTS: Final = "gater.checkpoint"
@@ -66,10 +73,12 @@ MAX_PARKED_BYTES: Final = 16 * 1024 * 1024
 """And their bytes, but for the last event."""
 
 CONFIRM_S: Final = 3.0
-"""How long a snapshot may take to be there before its write counts as failed."""
+"""How long a snapshot that was cast may take to be there, and deleted ones to be gone, before that counts as failed."""
 
 LOOK_AGAIN_S: Final = 0.05
 """Between two looks whether it is there."""
+
+_MARK_BYTES: Final = 8
 
 _TYPE: Final = Atom("type")
 _SELECTOR: Final = Atom("selector")
@@ -96,40 +105,105 @@ class Unreadable(Exception):
     """The store did not say what it has; the argument is its reason."""
 
 
+class Turns:
+    """A lock that calls who is next: taking it needs no task. In the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def take(self, on_turn: Callable[[], None]) -> None:
+        """`on_turn` is called, perhaps at once, when it is its turn, which lasts until `give_back`."""
+        if self._taken:
+            self._waiting.append(on_turn)
+        else:
+            self._taken = True
+            on_turn()
+
+    def give_back(self) -> None:
+        """The turn is over."""
+        if self._waiting:
+            self._waiting.popleft()()
+        else:
+            self._taken = False
+
+    async def __aenter__(self) -> None:
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.take(lambda: self.give_back() if mine.cancelled() else mine.set_result(None))
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if not mine.cancelled():
+                self.give_back()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self.give_back()
+
+
 class Snapshots:
     """Writing snapshots so that one knows they are there."""
 
     def __init__(self, service: Service, reads: StoreReads) -> None:
         self._service = service
         self._reads = reads
+        self._writes = Writes(service, reads.store)
+        self._marks = count(int.from_bytes(os.urandom(_MARK_BYTES - 1)))
+        self._closed = False
         self.store = reads.store
 
-    async def write(self, source: str, stream: str | bytes, version: int, record: dict[Term, Term]) -> bool:
-        """Write one; whether it is certain to be there."""
-        mark = os.urandom(8)
-        record[_WRITE] = mark
+    def write(
+        self,
+        source: str,
+        stream: str | bytes,
+        version: int,
+        record: dict[Term, Term],
+        on_done: Callable[[bool], None],
+    ) -> None:
+        """Write one; `on_done` is called once, perhaps at once, with whether it is certain to be there."""
+        record[_WRITE] = next(self._marks).to_bytes(_MARK_BYTES)
         service = self._service
-        request = check_request(schema.record_snapshot_cast(self.store, source, stream, version, record), cast=True)
-        if isinstance(request, Rejected):
-            return False
-        done: asyncio.Future[Term] = asyncio.get_running_loop().create_future()
         if service.embedded is not None and service.is_embedded(self.store):
-            service.embedded.submit(request, lambda reply: None if done.done() else done.set_result(reply))
-            return await done is schema.OK
-        if service.write_refusal(self.store) is not None:
-            return False
-        service.cast(request.term, lambda refused: None if done.done() else done.set_result(refused))
-        if await done is not None:
-            return False
+            request = check_request(schema.record_snapshot_cast(self.store, source, stream, version, record), cast=True)
+            if isinstance(request, Rejected):
+                on_done(False)
+            else:
+                service.embedded.submit(request, lambda reply: on_done(reply is schema.OK))
+        elif not self._writes.put(source.encode(), _bytes(stream), version, record, on_done):
+            self._cast(source, stream, version, record, on_done)
+
+    def _cast(
+        self, source: str, stream: str | bytes, version: int, record: dict[Term, Term], on_done: Callable[[bool], None]
+    ) -> None:
+        """Write one as gateways of ExESDB do, and look whether it is there."""
         loop = asyncio.get_running_loop()
         until = loop.time() + CONFIRM_S
-        while True:
-            reply = await self._reads.reply(schema.read_snapshot_request(self.store, source, stream, version))
-            if reply[0] is schema.OK and isinstance(reply[1], Mapping) and reply[1].get(_WRITE) == mark:
-                return True
-            if loop.time() >= until:
-                return False
-            await asyncio.sleep(LOOK_AGAIN_S)
+
+        def taken(refused: Rejected | None) -> None:
+            if refused is None:
+                look()
+            else:
+                on_done(False)
+
+        def look() -> None:
+            if not self._closed:
+                self._reads.ask(schema.read_snapshot_request(self.store, source, stream, version), looked)
+
+        def looked(reply: Term) -> None:
+            found = reply[1] if reply[0] is schema.OK else None
+            if isinstance(found, Mapping) and found.get(_WRITE) == record[_WRITE]:
+                on_done(True)
+            elif loop.time() >= until:
+                on_done(False)
+            else:
+                loop.call_later(LOOK_AGAIN_S, look)
+
+        self._service.cast(schema.record_snapshot_cast(self.store, source, stream, version, record), taken)
+
+    def close(self) -> None:
+        """Wait for no write any more: nobody is told what becomes of it."""
+        self._closed = True
+        self._writes.close()
 
     async def all(
         self, source: str, stream: str | bytes | None, *, certain: bool = False
@@ -164,7 +238,8 @@ class Snapshots:
 
     def delete(self, source: str | bytes, stream: str | bytes, version: int) -> None:
         """Have one deleted; nobody says when."""
-        self._service.cast(schema.delete_snapshot_cast(self.store, _text(source), _text(stream), version), _ignore)
+        if not self._writes.delete(_bytes(source), _bytes(stream), version, _ignore):
+            self._service.cast(schema.delete_snapshot_cast(self.store, _text(source), _text(stream), version), _ignore)
 
 
 class SavedState:
@@ -190,7 +265,7 @@ class SavedState:
         self._anew: dict[bytes, int] = {}
         self._shards: dict[int, dict[bytes, _Place]] = {}
         self._recent: dict[bytes, _Place] = {}
-        self._lock = asyncio.Lock()
+        self._turns = Turns()
 
     def problem(self) -> Rejected | None:
         """Why a store could not keep the state of a subscription of this name."""
@@ -246,7 +321,7 @@ class SavedState:
 
     async def absorb(self) -> bool:
         """Save what other gateways have saved, and delete theirs; whether that is done. Raises `Unreadable`."""
-        async with self._lock:
+        async with self._turns:
             if self._removed:
                 return True
             others = [
@@ -261,10 +336,7 @@ class SavedState:
                     _raise(self._shards.setdefault(shard, {}), {stream: place})
                     touched.add(shard)
                 self._stops = max(self._stops, record.get(_STOPS, 0))
-            written = await asyncio.gather(
-                self._write(RECENT, self._recent), *(self._write(shard, self._shards[shard]) for shard in touched)
-            )
-            if not all(written):
+            if not await _outcome(lambda on_done: self._write_all((RECENT, *touched), on_done)):
                 return False
             for version, _ in others:
                 self._snapshots.delete(CHECKPOINTS, self.name, version)
@@ -279,32 +351,62 @@ class SavedState:
             self._recent[stream] = (self._anew[stream], 0)
 
     async def save(self, positions: Mapping[bytes, int], era: int | None = None) -> bool:
-        """Save these positions with those saved before; whether they are certain to be there. With an `era`: not if
-        streams have begun anew since."""
-        async with self._lock:
-            if self._removed or (era is not None and era != self.era):
-                return False
-            _raise(self._recent, {stream: (self._anew.get(stream, 0), at) for stream, at in positions.items()})
-            if len(self._recent) <= MAX_RECENT:
-                return await self._write(RECENT, self._recent)
-            moving = dict(self._recent)
-            for stream, place in moving.items():
-                _raise(self._shards.setdefault(_shard(stream), {}), {stream: place})
-            touched = {_shard(stream) for stream in moving}
-            written = await asyncio.gather(*(self._write(shard, self._shards[shard]) for shard in touched))
-            if not all(written):
-                return False
-            # What is left in the store of the recent ones says nothing that is not in the shards.
-            self._recent = {stream: place for stream, place in self._recent.items() if moving.get(stream) != place}
-            return True
+        """As `begin_save`, to be awaited."""
+        return await _outcome(lambda on_done: self.begin_save(positions, on_done, era))
+
+    def begin_save(
+        self, positions: Mapping[bytes, int], on_done: Callable[[bool], None], era: int | None = None
+    ) -> None:
+        """Save these positions with those saved before; `on_done` is called once, perhaps at once, with whether they
+        are certain to be there. With an `era`: not if streams have begun anew since."""
+        self._turns.take(lambda: self._save(positions, on_done, era))
+
+    def _save(self, positions: Mapping[bytes, int], on_done: Callable[[bool], None], era: int | None) -> None:
+        def written(ok: bool) -> None:
+            self._turns.give_back()
+            on_done(ok)
+
+        if self._removed or (era is not None and era != self.era):
+            written(False)
+            return
+        _raise(self._recent, {stream: (self._anew.get(stream, 0), at) for stream, at in positions.items()})
+        if len(self._recent) <= MAX_RECENT:
+            self._write(RECENT, written)
+            return
+        moving = dict(self._recent)
+        for stream, place in moving.items():
+            _raise(self._shards.setdefault(_shard(stream), {}), {stream: place})
+
+        def moved(ok: bool) -> None:
+            if ok:
+                # What is left in the store of the recent ones says nothing that is not in the shards.
+                self._recent = {stream: place for stream, place in self._recent.items() if moving.get(stream) != place}
+            written(ok)
+
+        self._write_all({_shard(stream) for stream in moving}, moved)
 
     async def flushed(self) -> None:
         """Return when the writes that have been asked for are over."""
         await asyncio.sleep(0)
-        async with self._lock:
+        async with self._turns:
             return
 
-    async def _write(self, shard: int, places: Mapping[bytes, _Place]) -> bool:
+    def _write_all(self, shards: Collection[int], on_done: Callable[[bool], None]) -> None:
+        """Write these; `on_done` is called once, with whether all of them are certain to be there."""
+        left, all_ok = len(shards), True
+
+        def written(ok: bool) -> None:
+            nonlocal left, all_ok
+            left -= 1
+            all_ok = all_ok and ok
+            if not left:
+                on_done(all_ok)
+
+        for shard in shards:
+            self._write(shard, written)
+
+    def _write(self, shard: int, on_done: Callable[[bool], None]) -> None:
+        places = self._recent if shard == RECENT else self._shards[shard]
         record: dict[Term, Term] = {
             _TYPE: self.kind,
             _SELECTOR: self.selector,
@@ -314,7 +416,7 @@ class SavedState:
             _ANEW: {stream: anew for stream, (anew, _) in places.items() if anew},
             _STOPS: self._stops,
         }
-        return await self._snapshots.write(CHECKPOINTS, self.name, self._first_version + shard, record)
+        self._snapshots.write(CHECKPOINTS, self.name, self._first_version + shard, record, on_done)
 
     @property
     def _parked_source(self) -> str:
@@ -323,7 +425,8 @@ class SavedState:
     async def park(self, event: Event, reason: Term, attempts: int) -> bool:
         """Keep this event among the parked ones."""
         record: dict[Term, Term] = {_EVENT: event.record, _REASON: reason, _ATTEMPTS: attempts}
-        return await self._snapshots.write(self._parked_source, _hash(event.stream), event.number, record)
+        source, stream = self._parked_source, _hash(event.stream)
+        return await _outcome(lambda on_done: self._snapshots.write(source, stream, event.number, record, on_done))
 
     def drop_parked(self, stream: bytes, number: int) -> None:
         """Forget a parked event."""
@@ -367,7 +470,7 @@ class SavedState:
     async def remove(self) -> bool:
         """Have everything deleted, and save nothing any more; whether nothing is left of the checkpoint. Raises as
         `load` does."""
-        async with self._lock:
+        async with self._turns:
             loop = asyncio.get_running_loop()
             until = loop.time() + CONFIRM_S
             found = await self._found()
@@ -417,9 +520,20 @@ def _hash(stream: bytes) -> str:
     return sha256(stream).hexdigest()[:24]
 
 
+async def _outcome(begin: Callable[[Callable[[bool], None]], None]) -> bool:
+    """What `begin` calls back with."""
+    answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    begin(lambda ok: None if answered.done() else answered.set_result(ok))
+    return await answered
+
+
+def _bytes(name: str | bytes) -> bytes:
+    return name.encode() if isinstance(name, str) else name
+
+
 def _text(name: str | bytes) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 
-def _ignore(refused: Rejected | None) -> None:
+def _ignore(_: object) -> None:
     return None

@@ -83,6 +83,8 @@ class StoreFeed:
         self._keeps_time = False
         """Whether the timer is going to be set for the next deadline."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._saves: set[asyncio.Future[None]] = set()
+        """Checkpoints that are being saved, or wait for that."""
         self._monitors: dict[Pid, Monitor] = {}
         self._keys_of: dict[SubscriberId, set[Key]] = {}
         self._subscribers_of: dict[Key, dict[SubscriberId, None]] = {}
@@ -202,6 +204,7 @@ class StoreFeed:
             self._timer.cancel()
         for task in self._tasks:
             task.cancel()
+        self.snapshots.close()
         for monitor in self._monitors.values():
             self._node.demonitor(monitor)
         self._monitors.clear()
@@ -305,8 +308,8 @@ class StoreFeed:
 
     async def settled(self) -> None:
         """Wait for the writes under way."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        while under_way := {*self._tasks, *self._saves}:
+            await asyncio.wait(under_way)
 
     # Effects
 
@@ -383,19 +386,32 @@ class StoreFeed:
         saved = self.saved.get(effect.key)
         spec = self._specs.get(effect.key)
         is_last = effect.key not in self._feed
-        era = 0 if saved is None else saved.era
-        arrive_s = ARRIVE_S if spec is not None and spec.options.auto_ack and not is_last else 0.0
+        if saved is None:
+            self.give(p.Saved(effect.key, effect.token, False))
+            return
+        era = saved.era
+        over = self._loop.create_future()
+        self._saves.add(over)
 
-        async def save() -> None:
-            if arrive_s:
-                await asyncio.sleep(arrive_s)
-                if self.saved.get(effect.key) is not saved:
-                    # It has been removed or given away meanwhile.
-                    return
-            ok = saved is not None and await saved.save(effect.positions, era)
+        def saved_or_not(ok: bool) -> None:
+            end()
             self.give(p.Saved(effect.key, effect.token, ok))
 
-        self._spawn(save())
+        def end() -> None:
+            self._saves.discard(over)
+            over.set_result(None)
+
+        def arrived() -> None:
+            # It may have been removed or given away meanwhile.
+            if self.saved.get(effect.key) is saved and not self._closed:
+                saved.begin_save(effect.positions, saved_or_not, era)
+            else:
+                end()
+
+        if spec is not None and spec.options.auto_ack and not is_last:
+            self._loop.call_later(ARRIVE_S, arrived)
+        else:
+            saved.begin_save(effect.positions, saved_or_not, era)
 
     def _begin_anew(self, effect: p.BeginAnew) -> None:
         saved = self.saved.get(effect.key)
