@@ -15,6 +15,7 @@ from node_kit import wait_until
 from test_service import House, open_house
 
 from gater.api import schema
+from gater.api.router import MAX_OPEN_S
 from gater.api.subscriptions import protocol as p
 from gater.api.subscriptions.protocol import Event
 from gater.api.subscriptions.reads import StoreReads
@@ -171,6 +172,15 @@ async def test_a_write_that_fails_everywhere_is_not_certain_and_the_next_one_has
     assert await saved.save({b"t": 1})
     (record,) = (await stored(three)).values()
     assert record[Atom("positions")] == {b"s": 7, b"t": 1}
+
+
+async def test_members_that_all_fail_are_not_left_out_for_longer_and_longer(three: House) -> None:
+    router, saved = three.system.service.router, state(snapshots(three))
+    for _ in range(12):
+        three.cluster.write_steps.extend([failing] * 3)
+        assert not await saved.save({b"s": 7})
+    assert await saved.save({b"s": 7})
+    assert all(router.breaker(each.node.name).open_s < MAX_OPEN_S for each in three.cluster.nodes)
 
 
 async def test_a_write_that_the_only_member_does_not_answer_is_not_certain(

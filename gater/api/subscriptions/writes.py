@@ -176,7 +176,9 @@ class _Write:
         attempt_s = min(left_s, ATTEMPT_S) if others > 0 else left_s
         options = {_TIMEOUT: round(attempt_s * STORE_SHARE * 1000)}
         self._node = node
-        router.breaker(node).probing(now)
+        if router.allows(node, now):
+            # Where every member is left out all are tried, which must not keep them left out for longer and longer.
+            router.breaker(node).probing(now)
         call = (_KHEPRI, self._function, [*self._arguments, options])
         self._pending = PendingRpc(service.node, node, call, self._answered, attempt_s)
 
