@@ -194,6 +194,7 @@ class StoreNode:
         exports.add("khepri", "get", lambda *_: None, arities=[2])
         exports.add("khepri", "put", self._put, arities=[4])
         exports.add("khepri", "delete", self._delete, arities=[3])
+        exports.add("khepri", "get_many", self._snapshots, arities=[2])
         exports.add("khepri", "fence", self._fence)
         exports.add("khepri_adv", "get_many", self._child_list_length, arities=[3])
         exports.add("ra", "key_metrics", self._key_metrics)
@@ -221,6 +222,12 @@ class StoreNode:
         self.cluster.written.append((self.node.name, request))
         steps = self.cluster.write_steps
         return await (steps.popleft()(carry_out) if steps else carry_out())
+
+    async def _snapshots(self, store: Atom, path: list[Term]) -> Term:
+        """Those of a stream, as a worker of this node says."""
+        _, source, stream, _ = path
+        request = schema.list_snapshots_request(store, source, stream)
+        return await call(self.node, self.workers[0].pid, request, timeout_s=None)
 
     def _fence(self, store: Atom, timeout_ms: int) -> Term:
         self.cluster.fenced.append(self.node.name)

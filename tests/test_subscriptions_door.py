@@ -810,18 +810,18 @@ async def test_a_checkpoint_is_looked_for_where_it_must_be_though_no_member_has_
             house = House(system, caller, function_door(caller, system))
             assert (await house.subscribe(subscriber(caller), BY_STREAM, b"$s", b"p"))[0] is OK
 
-        reached, certain_reply = asyncio.Event(), StoreReads.certain_reply
+        reached, certain_snapshots = asyncio.Event(), StoreReads.certain_snapshots
 
-        def reaching(reads: StoreReads, request: Term) -> Awaitable[Term]:
+        def reaching(reads: StoreReads, source: bytes, stream: bytes) -> Awaitable[Term]:
             reached.set()
-            return certain_reply(reads, request)
+            return certain_snapshots(reads, source, stream)
 
         def behind(worker: Worker, request: Term, caller: Caller) -> Term:
             """A member that has nothing yet, unless it is told to catch up."""
             return worker.carry_out(request, caller) if cluster.fenced else (OK, {})
 
         cluster.always(behind, "list_snapshots")
-        monkeypatch.setattr(StoreReads, "certain_reply", reaching)
+        monkeypatch.setattr(StoreReads, "certain_snapshots", reaching)
         async with gateway(cluster) as system, caller_node(cluster.epmd_port) as caller:
             await connected(system, cluster)
             house = House(system, caller, function_door(caller, system))

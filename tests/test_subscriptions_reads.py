@@ -139,18 +139,27 @@ async def test_what_is_certain_is_the_most_that_any_member_has_when_all_have_cau
     assert await reads.certain_counts([b"s"]) is None
 
 
-async def test_who_want_certain_replies_together_wait_for_one_fence_and_take_turns(
+async def test_who_want_to_know_snapshots_for_certain_together_wait_for_one_fence_and_take_turns(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gater.api.subscriptions.reads.CERTAIN_AT_ONCE", 2)
     reads, cluster, held = StoreReads(house.system.service, STORE), house.cluster, Held()
     cluster.always(held, "list_snapshots")
     cluster.fenced.clear()
-    request = schema.list_snapshots_request(STORE, "source", schema.ANY)
-    replies = asyncio.gather(*(reads.certain_reply(request) for _ in range(10)))
+    replies = asyncio.gather(*(reads.certain_snapshots(b"source", b"stream") for _ in range(10)))
     for _ in range(5):
         await held.arrived(2)
         assert len(held.calls) == 2
         held.release()
     assert await replies == [(schema.OK, {})] * 10
     assert len(cluster.fenced) <= 2
+
+
+async def test_a_member_whose_workers_hang_says_for_certain_which_snapshots_there_are(house: House) -> None:
+    """As they do for seconds where ExESDB's one process that reads a stream's snapshots is on a frozen node."""
+    reads, cluster, snapshots = StoreReads(house.system.service, STORE), house.cluster, {(b"stream", 3): {b"a": 1}}
+    for node in cluster.nodes:
+        del node.node.exports._functions[Atom("khepri"), Atom("get_many"), 2]
+        node.node.exports.add("khepri", "get_many", lambda store, path: (schema.OK, snapshots), arities=[2])
+    cluster.always(Held(), "list_snapshots")
+    assert await reads.certain_snapshots(b"source", b"stream") == (schema.OK, snapshots)

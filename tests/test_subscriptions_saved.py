@@ -44,7 +44,7 @@ class Snapshots:
 
         self.writes.append(asyncio.ensure_future(write()))
 
-    async def all(self, source: str, stream: bytes, *, certain: bool) -> list[tuple[bytes, bytes, int, Any]]:
+    async def all(self, source: str, stream: bytes) -> list[tuple[bytes, bytes, int, Any]]:
         await self.pause()
         return [(source.encode(), stream, version, record) for version, record in self.kept.items()]
 

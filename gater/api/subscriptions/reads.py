@@ -33,8 +33,8 @@ REPLY_S: Final = 1.0
 """For a member of the store that has caught up to reply, before another one is asked."""
 
 CERTAIN_AT_ONCE: Final = 64
-"""Certain replies under way at once, so that of thousands that are wanted together each comes within `REPLY_S`, and
-other callers have their turn in between."""
+"""Certain reads of snapshots under way at once, so that of thousands that are wanted together each comes within
+`REPLY_S`, and other callers have their turn in between."""
 
 INDEX_TIMEOUT_S: Final = 1.0
 """For the Raft index, which takes a fraction of a millisecond on a node that is well."""
@@ -46,8 +46,8 @@ MAX_VERSIONS_AT_ONCE: Final = 32
 """Streams asked for their version at once where counts are not to be had."""
 
 ASKED_S: Final = 2.5
-"""How long a certain reply waits for members to be asked what they offer; leaves time for the reply before a caller
-gives up."""
+"""How long a certain read of snapshots waits for members to be asked what they offer; leaves time for the reply before
+a caller gives up."""
 
 LOOK_AGAIN_S: Final = 0.05
 """Between two looks whether they have been."""
@@ -62,7 +62,6 @@ AT_ONCE_BYTES: Final = 128 * 1024
 """Counts of some 4,000 streams are read at once, in 5 ms; more of them in a thread."""
 
 _ANY_NODE: Final = (Atom("if_node_exists"), True)
-SNAPSHOTS: Final = Atom("snapshots")
 _IF_ANY: Final = Atom("if_any")
 _PROPS: Final = {Atom("props_to_return"): [CHILD_LIST_LENGTH]}
 _COUNTS_LEVELS: Final = 2
@@ -112,27 +111,31 @@ class StoreReads:
         self.ask(request, on_reply)
         return await answered
 
-    async def certain_reply(self, request: Term) -> Term:
-        """As `reply`, but of a member of the store that has everything there is, where a store offers to say so. Waits
-        `ASKED_S` until the members have been asked whether they do."""
+    async def certain_snapshots(self, source: bytes, stream: bytes) -> Term:
+        """The reply to `list_snapshots`, but of a member of the store that has everything there is, where a store
+        offers to say so. Waits `ASKED_S` until the members have been asked whether they do.
+
+        Khepri itself is asked: ExESDB has a process for each source and stream that reads for all members and makes
+        their workers wait, all of them if its node is frozen.
+        """
         service, loop = self._service, asyncio.get_running_loop()
         until = loop.time() + ASKED_S
         while not (nodes := self._khepri_nodes()):
             if service.is_embedded(self.store) or not self._unasked():
-                return await self.reply(request)
+                return await self.reply(schema.list_snapshots_request(self.store, source.decode(), stream))
             if loop.time() >= until:
                 return schema.error(schema.storage_failed("no member of the store says whether it can be waited for"))
             await asyncio.sleep(LOOK_AGAIN_S)
+        arguments: list[Term] = [self.store, [schema.SNAPSHOTS, source, stream, _ANY_NODE]]
         for node in nodes:
             if not await self._catch_up(node):
                 continue
             async with self._certain:
-                worker = service.router.worker_on(self.store, node, loop.time())
-                if worker is None:
-                    continue
                 try:
-                    return await call(service.node, worker.address, request, timeout_s=REPLY_S)
-                except ErlError:
+                    ok, found = await erpc_call(service.node, node, "khepri", "get_many", arguments, timeout_s=REPLY_S)
+                    if ok is schema.OK:
+                        return (ok, found)
+                except (ErlangException, ErlError, TypeError, ValueError):
                     continue
         return schema.error(schema.storage_failed("no member of the store says that it has everything"))
 
@@ -165,7 +168,7 @@ class StoreReads:
             reply = await answered
             return sorted(reply[1]) if reply[0] is schema.OK else None
         for node in self._khepri_nodes():
-            arguments: list[Term] = [self.store, [SNAPSHOTS, source.encode(), _ANY_NODE, _ANY_NODE], _PROPS]
+            arguments: list[Term] = [self.store, [schema.SNAPSHOTS, source.encode(), _ANY_NODE, _ANY_NODE], _PROPS]
             try:
                 ok, found = await erpc_call(
                     service.node, node, "khepri_adv", "get_many", arguments, timeout_s=COUNT_TIMEOUT_S

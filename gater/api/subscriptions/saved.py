@@ -205,13 +205,10 @@ class Snapshots:
         self._closed = True
         self._writes.close()
 
-    async def all(
-        self, source: str, stream: str | bytes | None, *, certain: bool = False
-    ) -> list[tuple[bytes, bytes, int, Mapping[Term, Term]]]:
-        """The snapshots of a source: source, stream, version, record; `certain`: all there are, not what some member of
-        the store knows by now. Raises `Unreadable`."""
-        request = schema.list_snapshots_request(self.store, source, schema.ANY if stream is None else stream)
-        reply = await (self._reads.certain_reply(request) if certain else self._reads.reply(request))
+    async def all(self, source: str, stream: bytes) -> list[tuple[bytes, bytes, int, Mapping[Term, Term]]]:
+        """The snapshots of a stream: source, stream, version, record; all there are, not what some member of the store
+        knows by now. Raises `Unreadable`."""
+        reply = await self._reads.certain_snapshots(source.encode(), stream)
         if reply[0] is not schema.OK:
             raise Unreadable(reply[1])
         return [
@@ -301,7 +298,7 @@ class SavedState:
 
     async def _found(self) -> list[tuple[int, Mapping[Term, Term]]]:
         """Version and record of what is saved of the checkpoint, for certain. Raises as `load` does."""
-        found = await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
+        found = await self._snapshots.all(CHECKPOINTS, self.name)
         for _, _, _, record in found:
             same = exact_key(record.get(_SELECTOR)) == exact_key(self.selector)
             if record.get(_TYPE) is not self.kind or not same:
@@ -326,7 +323,7 @@ class SavedState:
                 return True
             others = [
                 (version, record)
-                for _, _, version, record in await self._snapshots.all(CHECKPOINTS, self.name, certain=True)
+                for _, _, version, record in await self._snapshots.all(CHECKPOINTS, self.name)
                 if not 0 <= version - self._first_version < WRITER_VERSIONS
             ]
             touched = set()
