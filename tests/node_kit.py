@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import itertools
 import os
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,10 +27,16 @@ _numbers = itertools.count(1)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody listens on, below the range from which the kernel gives a port to a node that
+    listens on any."""
+    chooser = random.SystemRandom()
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", chooser.randrange(12_000, 32_000)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
 
 
 def unique_name(prefix: str = "py") -> str:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from node_kit import free_port
 
 from gater import Gateway, NewEvent
 from gater.erl import NodeOptions
 
 TIMEOUT_S = 20
 STORE = "ex_esdb_store"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @asynccontextmanager
